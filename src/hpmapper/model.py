@@ -46,6 +46,12 @@ def object_name(name: str, what: str) -> str:
     return name
 
 
+def object_path(digest: ObjectDigest) -> str:
+    """Where an object lies in the object store, and what a map's redirect names: "ab/cdef…"."""
+    name = digest.hex()
+    return f"{name[:2]}/{name[2:]}"
+
+
 class Kind(StrEnum):
     """What a snapshot is (containerd's terms)."""
 

@@ -1,0 +1,278 @@
+"""The object store: regular files' data, each content once, named by its BLAKE3 digest, never changed.
+
+    o/ab/cdef…      one object: mode 0444, whole and on stable storage before it got this name
+
+An ingest writes into a `Staging` directory on the same file system and publishes in the end. What o/ holds and the
+database does not name is rubbish of a crash; whoever sweeps it holds the store's lock exclusively, whoever relies on
+an object being there (an ingest) holds it shared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from blake3 import blake3
+
+from hpmapper import faults
+from hpmapper.errors import Corrupt
+from hpmapper.kernel import lock, sync
+from hpmapper.model import ObjectDigest, object_path
+
+_BUFFERED = 8 << 20
+"""Files up to this many bytes are digested before anything is written, so a known one costs no write at all."""
+
+_WRITEBACK_EVERY = 64 << 20
+"""Bytes after which writing out begins in the background, so that the final sync finds little left."""
+
+_ZEROS = bytes(1 << 20)
+
+Pieces = Iterable[bytes | memoryview]
+
+
+class ObjectStore:
+    """The objects under one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, digest: ObjectDigest) -> Path:
+        """Where the object is, or would be."""
+        return self.directory / object_path(digest)
+
+    def open(self, digest: ObjectDigest) -> BinaryIO:
+        """The object's data.
+
+        Raises:
+            Corrupt: it is missing.
+        """
+        try:
+            return self.path(digest).open("rb")
+        except FileNotFoundError:
+            raise Corrupt(f"object {digest.hex()} is missing", hint="run hpmapper fsck") from None
+
+    def size(self, digest: ObjectDigest) -> int | None:
+        """The object's length in bytes; None if it is missing."""
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def verify(self, digest: ObjectDigest) -> bool:
+        """Read the object and say whether its data is what its name says."""
+        with self.open(digest) as data:
+            hasher = blake3()
+            while piece := data.read(1 << 20):
+                hasher.update(piece)
+        return hasher.digest() == digest
+
+    def delete(self, digests: Iterable[ObjectDigest]) -> int:
+        """Delete objects (those that are there); returns the bytes they had. The caller holds the lock exclusively."""
+        freed = 0
+        for digest in digests:
+            path = self.path(digest)
+            try:
+                freed += path.stat().st_blocks * 512
+                path.unlink()
+            except FileNotFoundError:
+                continue
+            faults.point("objects.deleted")
+        return freed
+
+    def __iter__(self) -> Iterator[ObjectDigest]:
+        """The digests of all objects on disk."""
+        for directory in sorted(os.scandir(self.directory), key=lambda entry: entry.name):
+            if directory.is_dir(follow_symlinks=False):
+                for entry in os.scandir(directory.path):
+                    yield ObjectDigest(bytes.fromhex(directory.name + entry.name))
+
+    def shared(self) -> AbstractContextManager[None]:
+        """Keep sweepers out: what is an object now stays one until this ends."""
+        return lock.flock(self.directory, exclusive=False)
+
+    def exclusive(self, timeout: float) -> AbstractContextManager[None]:
+        """Keep ingests out; TimeoutError after `timeout` seconds."""
+        return lock.flock(self.directory, exclusive=True, timeout=timeout)
+
+
+class Staging:
+    """Files of one ingest on their way into the store (the builder's `FileSink`); a context manager.
+
+    Attributes:
+        objects: every object that the layer refers to, with its size in bytes.
+        new_bytes: bytes of those that the store did not have.
+        spool: the small files' data, one after the other, for the map.
+    """
+
+    def __init__(self, store: ObjectStore, directory: Path, inline_below: int) -> None:
+        """Stage in `directory`, a new empty one on the store's file system, which the caller removes."""
+        self.inline_below = inline_below
+        self.objects: dict[ObjectDigest, int] = {}
+        self.new_bytes = 0
+        self.spool: BinaryIO = open(directory / "spool", "w+b", buffering=1 << 20)  # noqa: SIM115
+        self._store = store
+        self._directory = directory
+        self._new: list[ObjectDigest] = []
+        self._spooled = 0
+        self._dirty = 0
+        self._writeback = _Writeback(directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.spool.close()
+        self._writeback.close()
+
+    def inline(self, data: bytes) -> int:
+        """Keep a small file's data for the map; returns its offset in the spool."""
+        offset = self._spooled
+        self.spool.write(data)
+        self._spooled += len(data)
+        return offset
+
+    def put(
+        self, pieces: Pieces, size: int, segments: Sequence[tuple[int, int]] | None
+    ) -> tuple[ObjectDigest | int, bytes]:
+        """Make a file an object, unless the store has it. See `FileSink.put`."""
+        if segments is None and size <= _BUFFERED:
+            digest = self._put_buffered(pieces, size)
+        else:
+            digest = self._put_streamed(pieces, size, segments)
+        return digest, digest
+
+    def publish(self) -> None:
+        """Give the new objects their names. Their data is on stable storage already: the caller synced."""
+        for digest in self._new:
+            self._publish_one(digest)
+            faults.point("ingest.object-published")
+
+    def _publish_one(self, digest: ObjectDigest) -> None:
+        staged, final = self._directory / digest.hex(), self._store.path(digest)
+        try:
+            sync.rename_noreplace(staged, final)
+        except FileExistsError:
+            staged.unlink()  # another ingest was first
+        except FileNotFoundError:
+            final.parent.mkdir(mode=0o700, exist_ok=True)
+            sync.rename_noreplace(staged, final)
+
+    def _known(self, digest: ObjectDigest, size: int) -> bool:
+        if digest in self.objects:
+            return True
+        self.objects[digest] = size
+        known = self._store.size(digest)
+        if known is not None and known != size:
+            raise Corrupt(f"object {digest.hex()} has {known} bytes, not {size}", hint="run hpmapper fsck --repair")
+        return known is not None
+
+    def _put_buffered(self, pieces: Pieces, size: int) -> ObjectDigest:
+        data = b"".join(pieces)
+        digest = ObjectDigest(blake3(data).digest())
+        if not self._known(digest, size):
+            fd = os.open(self._directory / digest.hex(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+            try:
+                _write_all(fd, data)
+            finally:
+                os.close(fd)
+            self._added(digest, size)
+        return digest
+
+    def _put_streamed(self, pieces: Pieces, size: int, segments: Sequence[tuple[int, int]] | None) -> ObjectDigest:
+        temporary = self._directory / "incoming"
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o444)
+        try:
+            digest = ObjectDigest(_write_hashed(fd, pieces, size, segments or [(0, size)], self._wrote))
+        finally:
+            os.close(fd)
+        if self._known(digest, size):
+            temporary.unlink()
+        else:
+            temporary.rename(self._directory / digest.hex())
+            self._added(digest, 0)
+            self.new_bytes += size
+        return digest
+
+    def _added(self, digest: ObjectDigest, size: int) -> None:
+        self._new.append(digest)
+        self.new_bytes += size
+        self._wrote(size)
+        faults.point("ingest.object-staged")
+
+    def _wrote(self, size: int) -> None:
+        self._dirty += size
+        if self._dirty >= _WRITEBACK_EVERY:
+            self._dirty = 0
+            self._writeback.start()
+
+
+class _Writeback:
+    """Syncs a file system in the background, one sync at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+
+    def start(self) -> None:
+        if self._running is None or self._running.done():
+            self._thread = self._thread or ThreadPoolExecutor(1, "writeback")
+            self._running = self._thread.submit(sync.syncfs, self._directory)
+
+    def close(self) -> None:
+        if self._thread:
+            self._thread.shutdown()
+
+
+def _write_hashed(
+    fd: int, pieces: Pieces, size: int, segments: Sequence[tuple[int, int]], wrote: Callable[[int], None]
+) -> bytes:
+    """Write the ranges of a file, leave the rest holes, and return the digest of the whole."""
+    hasher = blake3()
+    source = _Cursor(pieces)
+    end = 0
+    for offset, length in segments:
+        _hash_zeros(hasher, offset - end)
+        os.lseek(fd, offset, os.SEEK_SET)
+        for piece in source.take(length):
+            hasher.update(piece)
+            _write_all(fd, piece)
+            wrote(len(piece))
+        end = offset + length
+    _hash_zeros(hasher, size - end)
+    os.ftruncate(fd, size)
+    return hasher.digest()
+
+
+class _Cursor:
+    """Cuts pieces to the lengths asked for."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = iter(pieces)
+        self._rest = memoryview(b"")
+
+    def take(self, length: int) -> Iterator[memoryview]:
+        while length:
+            if not self._rest:
+                self._rest = memoryview(next(self._pieces))
+            piece = self._rest[:length]
+            self._rest = self._rest[len(piece) :]
+            length -= len(piece)
+            yield piece
+
+
+def _hash_zeros(hasher: blake3, length: int) -> None:
+    while length > 0:
+        hasher.update(memoryview(_ZEROS)[:length])
+        length -= len(_ZEROS)
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
