@@ -1,0 +1,94 @@
+"""What is mounted where: statx(2) for one path, /proc/self/mountinfo for many."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import struct
+from typing import NamedTuple
+
+from hpmapper.kernel.syscall import (
+    AT_FDCWD,
+    AT_NO_AUTOMOUNT,
+    AT_STATX_DONT_SYNC,
+    AT_SYMLINK_NOFOLLOW,
+    NR_STATX,
+    AnyPath,
+    syscall,
+)
+
+_STATX_ATTR_MOUNT_ROOT = 0x2000  # Linux 5.8, commit 80340fe3605c
+_STATX_ATTRIBUTES = struct.Struct("=8xQ40xQ")
+_STATX_SIZE = 256
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo (proc_pid_mountinfo(5)). `root`: the part of the file system that is mounted."""
+
+    id: int
+    parent: int
+    device: int
+    root: str
+    target: str
+    options: str
+    fstype: str
+    source: str
+    super_options: str
+
+
+def is_mountpoint(path: AnyPath) -> bool:
+    """Whether something is mounted at `path` itself; one system call. A missing path is none."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC
+    try:
+        syscall(NR_STATX, AT_FDCWD, os.fsencode(path), flags, 0, buffer, path=path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise
+    attributes, mask = _STATX_ATTRIBUTES.unpack_from(buffer.raw)
+    if mask & _STATX_ATTR_MOUNT_ROOT:
+        return bool(attributes & _STATX_ATTR_MOUNT_ROOT)
+    return os.path.ismount(path)
+
+
+def mounts() -> list[Mount]:
+    """Everything mounted in this namespace, in the order of mounting."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return [parse_mount(line) for line in lines]
+
+
+def mounts_below(path: AnyPath) -> list[Mount]:
+    """The mounts at `path` and below it, last mounted first: the order in which they can be unmounted."""
+    top = os.path.realpath(os.fsdecode(path))
+    prefix = top.rstrip("/") + "/"
+    return [one for one in reversed(mounts()) if one.target == top or one.target.startswith(prefix)]
+
+
+def parse_mount(line: str) -> Mount:
+    """One line of mountinfo. Names carry space, tab, newline and backslash as octal escapes."""
+    fixed, _, rest = line.rstrip("\n").partition(" - ")
+    number, parent, device, root, target, options, *_ = fixed.split(" ")
+    fstype, source, super_options = rest.split(" ", 2)
+    major, _, minor = device.partition(":")
+    return Mount(
+        int(number),
+        int(parent),
+        os.makedev(int(major), int(minor)),
+        unescape(root),
+        unescape(target),
+        options,
+        fstype,
+        unescape(source),
+        super_options,
+    )
+
+
+def unescape(text: str) -> str:
+    r"""Undo mountinfo's octal escapes (" " is \040)."""
+    if "\\" not in text:
+        return text
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
