@@ -28,7 +28,7 @@ AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 AT_RECURSIVE = 0x8000
 
-# Since Linux 5.1 (commit 39036cd27273) a new system call has one number on every architecture; older ones differ.
+# Since Linux 5.1 a new system call has one number on every architecture; older ones differ.
 _OLD: dict[str, tuple[int, int]] = {
     "statfs": (137, 43),
     "mount": (165, 40),
