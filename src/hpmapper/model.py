@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import NamedTuple, NewType
 
 from hpmapper.errors import InvalidArgument
@@ -93,3 +95,9 @@ class Space:
     @property
     def used(self) -> int:
         return self.total - self.free
+
+    @classmethod
+    def of(cls, path: Path) -> Space:
+        """The space of the file system that holds `path`."""
+        status = os.statvfs(path)
+        return cls(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)

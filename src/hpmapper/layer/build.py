@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
 from typing import BinaryIO, Protocol
 
 from hpmapper.errors import Corrupt, InvalidArgument
+from hpmapper.files import Pieces, Segments
 from hpmapper.layer.recipe import RecipeWriter
 from hpmapper.layer.stream import LayerStream
-from hpmapper.layer.tar import BLOCK, Entry, Segments, read_entries
+from hpmapper.layer.tar import BLOCK, Entry, read_entries
 from hpmapper.model import ObjectDigest
 from hpmapper.tree import Inode, Xattrs, directory, whiteout
 
@@ -34,8 +34,6 @@ _FILE_TYPES = {b"3": stat.S_IFCHR, b"4": stat.S_IFBLK, b"6": stat.S_IFIFO}
 
 IMPLIED_ROOT = b"trusted.hpmapper.implied"
 """Marks a root directory that the tar does not mention, whose attributes are therefore those of the layer below."""
-
-Pieces = Iterable[bytes | memoryview]
 
 
 class FileSink(Protocol):

@@ -104,6 +104,35 @@ class Digests:
     tar_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a layer's stream is promised to be; None where nothing is promised.
+
+    Attributes:
+        diff_id: sha256 of the uncompressed tar, as the image's config says.
+        digest, size: of the blob, as the manifest says.
+    """
+
+    diff_id: str | None = None
+    digest: str | None = None
+    size: int | None = None
+
+    def verify(self, found: Digests) -> None:
+        """Compare.
+
+        Raises:
+            Corrupt: the stream is something else.
+        """
+        pairs = (
+            ("digest", self.digest, found.blob_digest),
+            ("size", self.size, found.blob_size),
+            ("DiffID", self.diff_id, found.diff_id),
+        )
+        for what, promised, seen in pairs:
+            if promised is not None and promised != seen:
+                raise Corrupt(f"the layer's {what} is {seen}, not {promised} as promised", hint="fetch it again")
+
+
 class LayerStream:
     """The uncompressed tar of a layer, for one reader, as a context manager.
 
@@ -189,7 +218,7 @@ class LayerStream:
     def _produce(self) -> None:
         try:
             self._pump()
-        except (zstd.ZstdError, igzip_lib.IsalError, EOFError) as error:
+        except (zstd.ZstdError, igzip_lib.error, EOFError) as error:  # type: ignore[misc]
             self._put(Corrupt(f"the compressed layer is damaged: {error}", hint="fetch it again"))
         except BaseException as error:  # handed to the reader's thread, which raises it
             self._put(error)

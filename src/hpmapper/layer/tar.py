@@ -14,6 +14,7 @@ from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
 from hpmapper.errors import Corrupt, InvalidArgument
+from hpmapper.files import Segments
 from hpmapper.layer.acl import acl_from_text
 from hpmapper.tree import Xattrs
 
@@ -29,9 +30,6 @@ MAX_SPARSE_SIZE = 16 << 40
 """Bytes of a sparse file: its holes must be digested too, so a size is a promise of work."""
 
 MAX_SPARSE_SEGMENTS = 1 << 20
-
-Segments = list[tuple[int, int]]
-"""Data ranges of a sparse file: (offset, length) in bytes, ascending, not overlapping."""
 
 
 class Source(Protocol):

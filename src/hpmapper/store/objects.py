@@ -10,7 +10,7 @@ an object being there (an ingest) holds it shared.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from hpmapper import faults
 from hpmapper.errors import Corrupt
+from hpmapper.files import Pieces, Segments, write_data, write_file
 from hpmapper.kernel import lock, sync
 from hpmapper.model import ObjectDigest, object_path
 
@@ -29,10 +30,6 @@ _BUFFERED = 8 << 20
 
 _WRITEBACK_EVERY = 64 << 20
 """Bytes after which writing out begins in the background, so that the final sync finds little left."""
-
-_ZEROS = bytes(1 << 20)
-
-Pieces = Iterable[bytes | memoryview]
 
 
 class ObjectStore:
@@ -91,13 +88,13 @@ class ObjectStore:
                 for entry in os.scandir(directory.path):
                     yield ObjectDigest(bytes.fromhex(directory.name + entry.name))
 
-    def shared(self) -> AbstractContextManager[None]:
+    def shared(self) -> AbstractContextManager[int]:
         """Keep sweepers out: what is an object now stays one until this ends."""
-        return lock.flock(self.directory, exclusive=False)
+        return lock.shared(self.directory)
 
-    def exclusive(self, timeout: float) -> AbstractContextManager[None]:
-        """Keep ingests out; TimeoutError after `timeout` seconds."""
-        return lock.flock(self.directory, exclusive=True, timeout=timeout)
+    def exclusive(self, timeout: float) -> AbstractContextManager[int]:
+        """Keep ingests out; BlockingIOError after `timeout` seconds."""
+        return lock.exclusive(self.directory, timeout=timeout)
 
 
 class Staging:
@@ -136,9 +133,7 @@ class Staging:
         self._spooled += len(data)
         return offset
 
-    def put(
-        self, pieces: Pieces, size: int, segments: Sequence[tuple[int, int]] | None
-    ) -> tuple[ObjectDigest | int, bytes]:
+    def put(self, pieces: Pieces, size: int, segments: Segments | None) -> tuple[ObjectDigest | int, bytes]:
         """Make a file an object, unless the store has it. See `FileSink.put`."""
         if segments is None and size <= _BUFFERED:
             digest = self._put_buffered(pieces, size)
@@ -177,19 +172,21 @@ class Staging:
         if not self._known(digest, size):
             fd = os.open(self._directory / digest.hex(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
             try:
-                _write_all(fd, data)
+                write_data(fd, data)
             finally:
                 os.close(fd)
             self._added(digest, size)
         return digest
 
-    def _put_streamed(self, pieces: Pieces, size: int, segments: Sequence[tuple[int, int]] | None) -> ObjectDigest:
+    def _put_streamed(self, pieces: Pieces, size: int, segments: Segments | None) -> ObjectDigest:
         temporary = self._directory / "incoming"
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o444)
+        hasher = blake3()
         try:
-            digest = ObjectDigest(_write_hashed(fd, pieces, size, segments or [(0, size)], self._wrote))
+            write_file(fd, self._counted(pieces), size, segments, hasher.update)
         finally:
             os.close(fd)
+        digest = ObjectDigest(hasher.digest())
         if self._known(digest, size):
             temporary.unlink()
         else:
@@ -197,6 +194,11 @@ class Staging:
             self._added(digest, 0)
             self.new_bytes += size
         return digest
+
+    def _counted(self, pieces: Pieces) -> Pieces:
+        for piece in pieces:
+            self._wrote(len(piece))
+            yield piece
 
     def _added(self, digest: ObjectDigest, size: int) -> None:
         self._new.append(digest)
@@ -227,52 +229,3 @@ class _Writeback:
     def close(self) -> None:
         if self._thread:
             self._thread.shutdown()
-
-
-def _write_hashed(
-    fd: int, pieces: Pieces, size: int, segments: Sequence[tuple[int, int]], wrote: Callable[[int], None]
-) -> bytes:
-    """Write the ranges of a file, leave the rest holes, and return the digest of the whole."""
-    hasher = blake3()
-    source = _Cursor(pieces)
-    end = 0
-    for offset, length in segments:
-        _hash_zeros(hasher, offset - end)
-        os.lseek(fd, offset, os.SEEK_SET)
-        for piece in source.take(length):
-            hasher.update(piece)
-            _write_all(fd, piece)
-            wrote(len(piece))
-        end = offset + length
-    _hash_zeros(hasher, size - end)
-    os.ftruncate(fd, size)
-    return hasher.digest()
-
-
-class _Cursor:
-    """Cuts pieces to the lengths asked for."""
-
-    def __init__(self, pieces: Pieces) -> None:
-        self._pieces = iter(pieces)
-        self._rest = memoryview(b"")
-
-    def take(self, length: int) -> Iterator[memoryview]:
-        while length:
-            if not self._rest:
-                self._rest = memoryview(next(self._pieces))
-            piece = self._rest[:length]
-            self._rest = self._rest[len(piece) :]
-            length -= len(piece)
-            yield piece
-
-
-def _hash_zeros(hasher: blake3, length: int) -> None:
-    while length > 0:
-        hasher.update(memoryview(_ZEROS)[:length])
-        length -= len(_ZEROS)
-
-
-def _write_all(fd: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

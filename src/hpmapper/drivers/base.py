@@ -1,0 +1,207 @@
+"""The contract between the engine and a storage driver.
+
+Vocabulary
+    A *layer* is immutable storage made from one tar; a *chain* of layers, nearest first, is what a container sees.
+    A *snapshot* is named by a number that is never used twice. The engine owns keys, parents, kinds, labels,
+    times and states; a driver is told numbers and turns them into storage. It keeps no database, and
+    whatever the engine's database does not name, it must be able to remove.
+
+Lifecycle, by two examples
+    Importing an image of two layers, then running a container:
+
+        driver.ingest(1, [], blob, work)            layer 1: the tar becomes storage; durable when it returns
+        driver.ingest(2, [1], blob, work)           layer 2, on top of layer 1
+        driver.prepare(3, [2, 1])                   snapshot 3: an empty writable place above both
+        root = driver.mount(3, [2, 1])              the container's root file system, at a path
+        …                                           the container runs
+        driver.unmount(3)
+        driver.changes(3, [2, 1])                   what it did, as Docker's A, C and D
+
+    Turning it into an image, then throwing it away:
+
+        driver.write_diff(3, [2, 1], out)           its changes as a deterministic layer tar
+        driver.ingest(4, [2, 1], blob, work)        which is read like any other layer
+        driver.unmount(3); driver.remove(3)
+
+Promises
+    - Every method but `ingest` may be called again after it was cut short at any instant, and finishes the work.
+      A cut-short `ingest` is undone by `remove_layer`; the engine never calls it twice for one number.
+    - `remove` and `remove_layer` of something that is not there, or half there, succeed.
+    - Removing never follows a mount point or a symlink out of the snapshot.
+    - Nothing is promised to be durable but what `ingest` made: the engine's record follows, never precedes it.
+    - Methods may be called from several threads and processes at once for different numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Protocol, runtime_checkable
+
+from hpmapper.layer.stream import Digests, Expected
+from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
+
+Chain = Sequence[SnapshotId]
+"""Layers, nearest first: the parent's, then its parent's, …"""
+
+Progress = Callable[[int], None]
+"""Told how many more bytes of the compressed layer were read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a driver can and cannot do; each has a test of its own in the contract suite.
+
+    Attributes:
+        shares_layers: one layer's storage may stand in several chains.
+        copies_extents: the first write to a file of the image copies extents, not the file.
+        shares_cache: containers of one image read one cached copy of its data.
+        changes_from_upper: `changes` reads what the container wrote, not the whole tree.
+        max_layers: layers below one snapshot.
+        mounts: a snapshot's root is a mount; a driver without makes do where mounting is forbidden.
+    """
+
+    shares_layers: bool
+    copies_extents: bool
+    shares_cache: bool
+    changes_from_upper: bool
+    max_layers: int
+    mounts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """What became of a layer's tar.
+
+    Attributes:
+        digests: of the stream, verified by the caller against what was promised.
+        bound: holds above this chain only.
+        digest: of the driver's own form of the layer (the map), for fsck.
+        objects: the stored objects that it needs, with their sizes in bytes.
+        size: bytes newly occupied. deduplicated: bytes that were there already and so were not written.
+        inodes: members of the tar.
+    """
+
+    digests: Digests
+    bound: bool
+    digest: bytes | None
+    objects: Mapping[ObjectDigest, int]
+    size: int
+    deduplicated: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Numbers of what lies on disk, named by the database or not."""
+
+    snapshots: set[SnapshotId] = field(default_factory=set)
+    layers: set[SnapshotId] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What probing a driver found: whether it works here, and why not or how it could."""
+
+    works: bool
+    why: str
+
+
+@runtime_checkable
+class Driver(Protocol):
+    """A way to store layers and to give containers a root. See the module's text."""
+
+    name: str
+    capabilities: Capabilities
+    scratch: Path
+    """A directory for workspaces, on the file system where layers end up: what is made there is renamed in place."""
+
+    def attach(self) -> None:
+        """Make the storage usable: devices, mounts. Done again after a reboot; does nothing when all is there."""
+
+    def detach(self) -> None:
+        """Give up devices and mounts; everything stays on disk.
+
+        Raises:
+            FailedPrecondition: a snapshot is in use.
+        """
+
+    def ingest(
+        self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
+    ) -> Ingested:
+        """Make a layer from a compressed or plain tar, in one pass; whole and durable when this returns.
+
+        `work` is an empty directory in `scratch`, for the driver's use, removed by the caller whatever happens.
+
+        Raises:
+            Corrupt: the blob is damaged, or not what `expect` says. InvalidArgument: it is hostile. NoSpace: no room.
+            In each case nothing of it is left (but perhaps in `work`).
+        """
+
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
+        """Make a place for a container's changes on top of a chain (which may be empty)."""
+
+    def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
+        """Make the merged root appear and return its path; does nothing but answer when it is there already."""
+
+    def unmount(self, snapshot: SnapshotId) -> None:
+        """Make it disappear again; does nothing when it is not there.
+
+        Raises:
+            FailedPrecondition: it is in use.
+        """
+
+    def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
+        """What differs from the chain, in path order; parents of changes count as changed, as in Docker."""
+
+    def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
+        """Write the changes as a layer tar. The same changes give the same bytes."""
+
+    def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
+        """Yield the tar that the layer was made from, byte for byte."""
+
+    def remove(self, snapshot: SnapshotId) -> None:
+        """Remove a snapshot's own storage, unmounting it first.
+
+        Raises:
+            FailedPrecondition: it is in use.
+        """
+
+    def remove_layer(self, layer: SnapshotId) -> None:
+        """Remove a layer's storage. The engine has made sure that no chain has it any more.
+
+        Raises:
+            FailedPrecondition: it is in use all the same.
+        """
+
+    def pin(self) -> AbstractContextManager[object]:
+        """While it lasts no stored object is swept: from before an ingest until the engine has recorded it."""
+
+    def sweep_objects(self, known: Callable[[], Container[ObjectDigest]], timeout: float) -> int:
+        """Remove the stored objects that are not known; returns the bytes freed.
+
+        `known` is asked once no ingest is running any more.
+
+        Raises:
+            BlockingIOError: an ingest ran on for `timeout` seconds.
+        """
+
+    def stored(self) -> Stored:
+        """What lies on disk."""
+
+    def usage(self, snapshot: SnapshotId) -> Usage:
+        """What a snapshot alone occupies: extents shared with the image do not count."""
+
+    def space(self) -> Space:
+        """The file system's total and free bytes."""
+
+    def status(self) -> dict[str, str]:
+        """Facts for `info`, in the order in which they are shown."""
+
+    def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
+        """Say what is wrong with a layer's storage; nothing when all is well."""
+
+    def check_object(self, digest: ObjectDigest, size: int) -> str | None:
+        """Say what is wrong with a stored object, None when all is well."""

@@ -1,0 +1,228 @@
+"""Layers that are plain directories: unpacking a tree, and keeping the tar's recipe beside it.
+
+l/ID/diff        the layer's files: what it adds (overlay), or the whole root (drivers that copy)
+l/ID/tar         the recipe of its tar; its references are the numbers of files in the tar
+l/ID/names       the path of each number, NUL-terminated; empty for a file that the same tar replaced later
+l/ID/superseded  those files, by number
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import BinaryIO
+
+from hpmapper import faults
+from hpmapper.drivers.base import Ingested, Progress
+from hpmapper.errors import Corrupt, InvalidArgument
+from hpmapper.files import Pieces, Segments, write_file
+from hpmapper.kernel import sync
+from hpmapper.layer.build import IMPLIED_ROOT, Below, LayerBuilder
+from hpmapper.layer.recipe import RecipeWriter, replay
+from hpmapper.layer.scan import ESCAPED, OPAQUE, OVERLAY
+from hpmapper.layer.stream import Expected, LayerStream
+from hpmapper.store.workspace import remove_tree
+from hpmapper.tree import Inode, walk
+
+
+class Dialect(Enum):
+    """How deletions are written: as overlayfs reads them, or by deleting in a copy of the layer below."""
+
+    OVERLAY = "overlay"
+    APPLIED = "applied"
+
+
+class NumberedFiles:
+    """Keeps a tar's files as DIRECTORY/0, 1, … (the builder's `FileSink`)."""
+
+    inline_below = 0
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self.count = 0
+        self.bytes = 0
+
+    def inline(self, data: bytes) -> int:
+        raise AssertionError("nothing is smaller than 0 bytes")
+
+    def put(self, pieces: Pieces, size: int, segments: Segments | None) -> tuple[int, bytes]:
+        """Write one file."""
+        number = self.count
+        self.count += 1
+        self.bytes += size
+        with (self._directory / str(number)).open("xb", buffering=0) as out:
+            write_file(out.fileno(), pieces, size, segments)
+        return number, str(number).encode("ascii")
+
+
+def unpack(
+    blob: BinaryIO,
+    below: Below,
+    work: Path,
+    layer: Path,
+    dialect: Dialect,
+    expect: Expected,
+    progress: Progress | None,
+) -> Ingested:
+    """Read a tar and make `layer` of it: whole and durable under its name when this returns.
+
+    `work/layer/diff` exists and, for the dialect APPLIED, holds a copy of the layer below.
+    """
+    made = work / "layer"
+    sink = NumberedFiles(work / "data")
+    with LayerStream(blob, progress) as stream, (made / "tar").open("wb") as out:
+        recipe = RecipeWriter(out)
+        builder = LayerBuilder(below, sink, recipe)
+        builder.read(stream)
+        recipe.close()
+        expect.verify(stream.digests)
+    _note_names(builder.root, sink.count, work / "data", made)
+    try:
+        _Unpacker(made / "diff", work / "data", dialect).unpack(builder.root)
+    except OSError as error:
+        raise _explained(error) from error
+    faults.point("ingest.unpacked")
+    sync.syncfs(work)
+    made.rename(layer)
+    faults.point("ingest.layer-renamed")
+    sync.syncfs(work)
+    return Ingested(stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries)
+
+
+def read_tar(layer: Path) -> Iterator[bytes]:
+    """Yield the tar that the layer at that path was made from."""
+    names = (layer / "names").read_bytes().split(b"\0")
+
+    def open_stored(number: bytes) -> BinaryIO:
+        name = names[int(number)]
+        path = layer / "diff" / os.fsdecode(name) if name else layer / "superseded" / number.decode("ascii")
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            raise Corrupt(f"{path} is missing", hint="run hpmapper fsck") from None
+
+    with (layer / "tar").open("rb") as recipe:
+        yield from replay(recipe, open_stored)
+
+
+def check(layer: Path) -> Iterator[str]:
+    """Say what is wrong with a layer's directory."""
+    for name in ("diff", "tar", "names"):
+        if not (layer / name).exists():
+            yield f"{layer / name} is missing"
+
+
+def _note_names(root: Inode, count: int, data: Path, made: Path) -> None:
+    """Write down where each of the tar's files goes, and put those aside that no longer have a place."""
+    names = [b""] * count
+    for path, inode in walk(root):
+        if isinstance(inode.content, int) and not names[inode.content]:
+            names[inode.content] = path
+    (made / "names").write_bytes(b"".join(name + b"\0" for name in names))
+    (made / "superseded").mkdir()
+    for number, name in enumerate(names):
+        if not name:
+            (data / str(number)).rename(made / "superseded" / str(number))
+
+
+class _Unpacker:
+    """Makes a tree real below a directory that nobody else touches.
+
+    The tree's paths hold no symlinks and every directory on the way is made or checked first, so joined paths are safe.
+    """
+
+    def __init__(self, top: Path, data: Path, dialect: Dialect) -> None:
+        self._top = os.fsencode(top)
+        self._data = os.fsencode(data)
+        self._overlay = dialect is Dialect.OVERLAY
+        self._made: dict[Inode, bytes] = {}
+
+    def unpack(self, root: Inode) -> None:
+        directories = []
+        for path, inode in walk(root):
+            target = self._top + b"/" + path if path else self._top
+            if inode.is_dir:
+                directories.append((target, inode))
+                if path:
+                    self._directory(target, inode)
+            elif inode in self._made:
+                self._clear(target)
+                os.link(self._made[inode], target, follow_symlinks=False)
+            elif inode.is_whiteout:
+                self._whiteout(target)
+            else:
+                self._clear(target)
+                self._create(target, inode)
+                self._attributes(target, inode)
+                self._made[inode] = target
+        for target, inode in reversed(directories):  # last, since filling a directory changes its times
+            self._attributes(target, inode)
+
+    def _directory(self, target: bytes, inode: Inode) -> None:
+        try:
+            os.mkdir(target, 0o700)
+        except FileExistsError:
+            if inode.opaque or not stat.S_ISDIR(os.lstat(target).st_mode):
+                self._clear(target)
+                os.mkdir(target, 0o700)
+        if self._overlay and inode.opaque:
+            os.setxattr(target, OPAQUE, b"y")
+
+    def _whiteout(self, target: bytes) -> None:
+        if self._overlay:
+            os.mknod(target, stat.S_IFCHR, 0)
+        else:
+            self._clear(target)
+
+    def _clear(self, target: bytes) -> None:
+        """Make room in a copy of the layer below."""
+        if self._overlay:
+            return
+        try:
+            os.unlink(target)
+        except FileNotFoundError:
+            return
+        except IsADirectoryError:
+            remove_tree(Path(os.fsdecode(target)))
+
+    def _create(self, target: bytes, inode: Inode) -> None:
+        if stat.S_ISLNK(inode.mode):
+            os.symlink(inode.target, target)
+        elif isinstance(inode.content, int):
+            os.rename(self._data + b"/%d" % inode.content, target)
+        elif stat.S_ISREG(inode.mode):
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        else:
+            os.mknod(target, inode.mode, inode.rdev)
+
+    def _attributes(self, target: bytes, inode: Inode) -> None:
+        if not self._overlay and (IMPLIED_ROOT, b"y") in inode.xattrs:
+            return  # the copy has the root attributes of the layer below
+        os.chown(target, inode.uid, inode.gid, follow_symlinks=False)
+        if not stat.S_ISLNK(inode.mode):
+            os.chmod(target, stat.S_IMODE(inode.mode))  # after chown, which clears set-user-ID
+        if not self._overlay and inode.is_dir:
+            _drop_xattrs(target)
+        for name, value in inode.xattrs:
+            if self._overlay and name.startswith(OVERLAY):
+                name = ESCAPED + name.removeprefix(OVERLAY)  # an image must not speak to overlayfs (design trap 3)
+            os.setxattr(target, name, value, follow_symlinks=False)
+        os.utime(target, ns=(inode.mtime_ns, inode.mtime_ns), follow_symlinks=False)
+
+
+def _drop_xattrs(target: bytes) -> None:
+    for name in os.listxattr(target, follow_symlinks=False):
+        os.removexattr(target, name, follow_symlinks=False)
+
+
+def _explained(error: OSError) -> Exception:
+    if error.filename is None:
+        return error
+    return InvalidArgument(
+        f"the layer's {os.fsdecode(error.filename)!r} cannot be made on this file system: {error.strerror}",
+        hint="another storage driver may hold it",
+    )

@@ -1,0 +1,216 @@
+"""The flagship driver: one EROFS map per layer, one store of objects for all, copy-on-write by extents.
+
+    o/ab/cdef…      objects                                   (hpmapper.store.objects)
+    l/ID/map        a layer's map                             (hpmapper.erofs)
+    l/ID/tar        how to make its tar again                 (hpmapper.layer.recipe)
+    l/ID/m          where its map is mounted, once for all containers, so that they share its cached pages
+    a/ID/u, w, m    a snapshot's upper, work and merged directories
+    t/              unfinished things
+
+A container's root is one overlay: upper u, lowers l/ID/m of its chain, and o as the data-only layer into which the
+maps' large files redirect. u and o are on one reflink file system, so a copy-up clones extents.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+from blake3 import blake3
+
+from hpmapper import faults
+from hpmapper.drivers.base import Capabilities, Chain, Ingested, Progress
+from hpmapper.drivers.upper import UpperDriver, unmount_path
+from hpmapper.erofs.reader import Map
+from hpmapper.erofs.writer import write_map
+from hpmapper.kernel import lock, mount, sync
+from hpmapper.layer.build import Below, LayerBuilder
+from hpmapper.layer.merged import Merged
+from hpmapper.layer.recipe import RecipeWriter, replay
+from hpmapper.layer.stream import Digests, Expected, LayerStream
+from hpmapper.model import ObjectDigest, SnapshotId, Space
+from hpmapper.pool.base import Pool
+from hpmapper.store.objects import ObjectStore, Staging
+from hpmapper.store.workspace import discard
+from hpmapper.tree import Inode
+
+INLINE_BELOW = 4096
+"""Bytes from which a file becomes an object; smaller ones lie in the map. Measured: docs/measurements.md."""
+
+
+class HpmapperDriver(UpperDriver):
+    """See the module's text, and `hpmapper.drivers.base` for the contract."""
+
+    name = "hpmapper"
+    capabilities = Capabilities(
+        shares_layers=True,
+        copies_extents=True,
+        shares_cache=True,
+        changes_from_upper=True,
+        max_layers=498,  # overlayfs stacks 500; one is the objects, one a view's own
+        mounts=True,
+    )
+
+    def __init__(self, pool: Pool, *, inline_below: int = INLINE_BELOW) -> None:
+        super().__init__(pool.path)
+        self._pool = pool
+        self._inline_below = inline_below
+        self._objects = ObjectStore(self.home / "o")
+
+    def attach(self) -> None:
+        self._pool.attach()
+        self._make_home("o")
+
+    def detach(self) -> None:
+        if not mount.is_mountpoint(self.home):
+            return
+        self._detach_snapshots()
+        for entry in os.scandir(self.home / "l"):
+            unmount_path(Path(entry.path) / "m")
+        self._pool.detach()
+
+    def pin(self) -> AbstractContextManager[object]:
+        return self._objects.shared()
+
+    def ingest(
+        self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
+    ) -> Ingested:
+        made = work / "layer"
+        (made / "m").mkdir(mode=0o700, parents=True)
+        with Staging(self._objects, work, self._inline_below) as staging, _no_cycle_collection():
+            builder, digests = self._read(blob, chain, made / "tar", staging, progress)
+            expect.verify(digests)
+            map_digest, map_size = _write_map(builder.root, staging.spool, made / "map", digests.diff_id)
+            faults.point("ingest.map-written")
+            sync.syncfs(work)
+            faults.point("ingest.synced")
+            staging.publish()
+            made.rename(self._layer(layer))
+            faults.point("ingest.layer-renamed")
+            sync.syncfs(work)
+        size = map_size + (self._layer(layer) / "tar").stat().st_size + staging.new_bytes
+        known = sum(staging.objects.values()) - staging.new_bytes
+        return Ingested(digests, builder.bound, map_digest, staging.objects, size, known, builder.entries)
+
+    def _read(
+        self, blob: BinaryIO, chain: Chain, recipe: Path, staging: Staging, progress: Progress | None
+    ) -> tuple[LayerBuilder, Digests]:
+        with LayerStream(blob, progress) as stream, recipe.open("wb") as out:
+            writer = RecipeWriter(out)
+            builder = LayerBuilder(self._below(chain), staging, writer)
+            builder.read(stream)
+            writer.close()
+            return builder, stream.digests
+
+    def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
+        with (self._layer(layer) / "tar").open("rb") as recipe:
+            yield from replay(recipe, lambda name: self._objects.open(ObjectDigest(name)))
+
+    def remove_layer(self, layer: SnapshotId) -> None:
+        unmount_path(self._layer(layer) / "m")
+        discard(self._layer(layer), self.scratch)
+
+    def sweep_objects(self, known: Callable[[], Container[ObjectDigest]], timeout: float) -> int:
+        with self._objects.exclusive(timeout):
+            kept = known()
+            return self._objects.delete([digest for digest in self._objects if digest not in kept])
+
+    def space(self) -> Space:
+        return self._pool.space()
+
+    def status(self) -> dict[str, str]:
+        return self._pool.facts()
+
+    def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
+        path = self._layer(layer)
+        for name in ("map", "tar", "m"):
+            if not (path / name).exists():
+                yield f"{path / name} is missing"
+        if (path / "map").exists() and _file_digest(path / "map") != digest:
+            yield f"{path / 'map'} is not what its digest says"
+
+    def check_object(self, digest: ObjectDigest, size: int) -> str | None:
+        found = self._objects.size(digest)
+        if found is None:
+            return "is missing"
+        if found != size:
+            return f"has {found} bytes instead of {size}"
+        return None if self._objects.verify(digest) else "has other data than its name says"
+
+    def _lowers(self, chain: Chain) -> list[Path]:
+        return [self._mounted(layer) for layer in chain]
+
+    def _mounted(self, layer: SnapshotId) -> Path:
+        """Where the layer's map is mounted; mounts it if it is not."""
+        path = self._layer(layer)
+        target = path / "m"
+        if not mount.is_mountpoint(target):
+            with lock.exclusive(path):
+                if not mount.is_mountpoint(target):
+                    mount.erofs(path / "map", target)
+        return target
+
+    def _data(self) -> Path:
+        return self._objects.directory
+
+    def _below(self, chain: Chain) -> Below:
+        return Merged([_LazyMap(self._layer(layer) / "map", self._objects) for layer in chain])
+
+
+def _write_map(root: Inode, spool: BinaryIO, path: Path, diff_id: str) -> tuple[bytes, int]:
+    """Write a layer's map; returns its digest and its size in bytes."""
+    with path.open("w+b") as out:
+        spool.flush()
+        size = write_map(root, spool, out, uuid=bytes.fromhex(diff_id.removeprefix("sha256:")[:32]))
+    return _file_digest(path), size
+
+
+def _file_digest(path: Path) -> bytes:
+    hasher = blake3()
+    hasher.update_mmap(path)
+    return hasher.digest()
+
+
+@contextmanager
+def _no_cycle_collection() -> Iterator[None]:
+    """A layer's tree is a hundred thousand objects without cycles, which the collector would walk again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class _LazyMap:
+    """A layer's map as a `merged.LayerView`, opened when first asked: most layers never ask below."""
+
+    def __init__(self, path: Path, objects: ObjectStore) -> None:
+        self._path = path
+        self._objects = objects
+
+    @cached_property
+    def _map(self) -> Map:
+        return Map.open(self._path)
+
+    def lookup(self, path: bytes) -> Inode | None:
+        return self._map.lookup(path)
+
+    def names(self, path: bytes) -> list[bytes]:
+        directory = self._map.lookup(path)
+        return list(self._map.children(directory)) if directory is not None else []
+
+    def open(self, path: bytes) -> BinaryIO:
+        inode = self._map.lookup(path)
+        if inode is None:
+            raise FileNotFoundError(path)
+        if isinstance(inode.content, bytes):
+            return self._objects.open(inode.content)
+        return io.BytesIO(self._map.read(inode))

@@ -1,0 +1,215 @@
+"""What drivers share that give a container its root as an overlay mount: upper, work and merged directories.
+
+    a/ID/u   what the container wrote      a/ID/w   overlayfs's own      a/ID/m   the merged root
+
+Nobody outside ever sees the overlay's layers: what is handed out is m (design trap 1).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from hpmapper import faults
+from hpmapper.drivers.base import Chain, Stored
+from hpmapper.errors import FailedPrecondition
+from hpmapper.kernel import fiemap, lock, mount
+from hpmapper.layer.build import IMPLIED_ROOT, Below
+from hpmapper.layer.diff import changes, write_tar
+from hpmapper.layer.scan import METACOPY, scan
+from hpmapper.model import Change, SnapshotId, Space, Usage
+from hpmapper.store.workspace import discard
+from hpmapper.tree import Inode, walk
+
+PORTABLE = {"index": "off", "metacopy": "off", "redirect_dir": "nofollow"}
+"""Uppers that any reader of directories understands: no metadata-only copies, no redirects (design trap 2)."""
+
+METADATA_COPIES = {"index": "off", "metacopy": "on", "redirect_dir": "on"}
+"""What data-only layers need before Linux 6.16; our own diff knows both kinds of xattrs."""
+
+
+class UpperDriver:
+    """A driver's part that deals in snapshots; subclasses deal in layers."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.scratch = home / "t"
+        self._options = PORTABLE
+
+    # What a subclass says of its layers.
+
+    def _lowers(self, chain: Chain) -> list[Path]:
+        """The layers' directories, nearest first, mounted if need be."""
+        raise NotImplementedError
+
+    def _data(self) -> Path | None:
+        """The data-only layer, if the driver has one."""
+        raise NotImplementedError
+
+    def _below(self, chain: Chain) -> Below:
+        """The merged view of a chain, without mounting it."""
+        raise NotImplementedError
+
+    # Places.
+
+    def _snapshot(self, snapshot: SnapshotId) -> Path:
+        return self.home / "a" / str(snapshot)
+
+    def _layer(self, layer: SnapshotId) -> Path:
+        return self.home / "l" / str(layer)
+
+    def _make_home(self, *more: str) -> None:
+        for name in ("a", "l", "t", "empty", *more):
+            (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    # The contract: see `hpmapper.drivers.base`.
+
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
+        top = self._snapshot(snapshot)
+        for directory in (top, top / "w", top / "m", top / "u"):
+            try:
+                os.mkdir(directory, 0o700)
+            except FileExistsError:
+                continue
+            faults.point("prepare.directory-made")
+        self._copy_root_attributes(top / "u", self._lowers(chain))
+
+    def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
+        top = self._snapshot(snapshot)
+        merged = top / "m"
+        with lock.exclusive(top):  # two live mounts of one upper would corrupt it (design trap 13)
+            if not mount.is_mountpoint(merged):
+                self._mount(top, self._lowers(chain), read_only)
+        return merged
+
+    def _mount(self, top: Path, lowers: Sequence[Path], read_only: bool) -> None:
+        upper, work = (None, None) if read_only else (top / "u", top / "w")
+        # Even a view needs u: it carries the root's attributes, and overlayfs wants two layers without an upper.
+        lowers = [top / "u", *lowers] if read_only else lowers
+        stack = lowers if len(lowers) > (1 if read_only else 0) else [*lowers, self.home / "empty"]
+        try:
+            mount.overlay(top / "m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
+        except OSError as error:
+            if error.errno != errno.EINVAL or self._data() is None or self._options is METADATA_COPIES:
+                raise
+            self._options = METADATA_COPIES
+            mount.overlay(top / "m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
+
+    def unmount(self, snapshot: SnapshotId) -> None:
+        unmount_path(self._snapshot(snapshot) / "m")
+
+    def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
+        return changes(self._changed(snapshot, chain), self._below(chain))
+
+    def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
+        upper = os.fsencode(self._snapshot(snapshot) / "u")
+        merged = self._merged(snapshot, chain)
+
+        def open_data(path: bytes) -> BinaryIO:
+            name = upper + b"/" + path
+            if merged is not None and (not os.path.lexists(name) or _is_metadata_only(name)):
+                name = merged + b"/" + path
+            return open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+
+        write_tar(self._changed(snapshot, chain), open_data, out)
+
+    def _changed(self, snapshot: SnapshotId, chain: Chain) -> Inode:
+        upper = os.fsencode(self._snapshot(snapshot) / "u")
+        return scan(upper, overlay=True, merged=self._merged(snapshot, chain))
+
+    def _merged(self, snapshot: SnapshotId, chain: Chain) -> bytes | None:
+        """The mount, where the upper alone does not hold all data."""
+        return os.fsencode(self.mount(snapshot, chain)) if self._options is METADATA_COPIES else None
+
+    def remove(self, snapshot: SnapshotId) -> None:
+        self.unmount(snapshot)
+        faults.point("remove.unmounted")
+        discard(self._snapshot(snapshot), self.scratch)
+
+    def usage(self, snapshot: SnapshotId) -> Usage:
+        return disk_usage(self._snapshot(snapshot) / "u", overlay=True)
+
+    def stored(self) -> Stored:
+        return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
+
+    def space(self) -> Space:
+        return Space.of(self.home)
+
+    def _detach_snapshots(self) -> None:
+        for entry in os.scandir(self.home / "a"):
+            unmount_path(Path(entry.path) / "m")
+
+    @staticmethod
+    def _copy_root_attributes(upper: Path, lowers: Sequence[Path]) -> None:
+        """Give the upper the root attributes of the nearest layer that has any of its own."""
+        source = next((lower for lower in lowers if not _is_implied(lower)), None)
+        if source is None:
+            os.chmod(upper, 0o755)
+            return
+        status = os.stat(source)
+        os.chown(upper, status.st_uid, status.st_gid)
+        os.chmod(upper, stat.S_IMODE(status.st_mode))
+        for name in os.listxattr(source):
+            if not name.startswith("trusted.overlay."):
+                os.setxattr(upper, name, os.getxattr(source, name))
+        os.utime(upper, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+
+def _is_implied(lower: Path) -> bool:
+    try:
+        os.getxattr(lower, IMPLIED_ROOT)
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            return False
+        raise
+    return True
+
+
+def _is_metadata_only(path: bytes) -> bool:
+    return os.fsdecode(METACOPY) in os.listxattr(path, follow_symlinks=False)
+
+
+def unmount_path(target: Path) -> None:
+    """Unmount what is mounted at `target`, if anything.
+
+    Raises:
+        FailedPrecondition: it is in use.
+    """
+    try:
+        if mount.is_mountpoint(target):
+            mount.umount(target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise FailedPrecondition(f"{target} is in use", hint="stop what runs in it; fuser -vm shows it") from error
+
+
+def disk_usage(top: Path, *, overlay: bool) -> Usage:
+    """What a directory alone occupies; extents that other files share do not count."""
+    raw = os.fsencode(top)
+    seen: set[Inode] = set()
+    size = 0
+    for path, inode in walk(scan(raw, overlay=overlay)):
+        if inode not in seen:
+            seen.add(inode)
+            size += _exclusive_bytes(raw + b"/" + path, inode)
+    return Usage(size, len(seen))
+
+
+def _exclusive_bytes(path: bytes, inode: Inode) -> int:
+    """Bytes on disk that no other file shares."""
+    if not stat.S_ISREG(inode.mode):
+        return os.lstat(path).st_blocks * 512
+    with open(path, "rb") as file:
+        return sum(extent.length for extent in fiemap.extents(file.fileno()) if not extent.shared)
+
+
+def numbers(directory: Path) -> set[SnapshotId]:
+    """The snapshots and layers that have a directory in `directory`."""
+    return {SnapshotId(int(entry.name)) for entry in os.scandir(directory) if entry.name.isdigit()}

@@ -1,0 +1,149 @@
+"""The vfs driver: every layer and every container is a whole copy. It needs nothing of the kernel.
+
+    l/ID/diff       a layer with all below it      (hpmapper.drivers.directory)
+    a/ID/m          a snapshot: a copy of its parent's diff
+
+Copies share extents where the file system can. Works where mounting is forbidden.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+from hpmapper import faults
+from hpmapper.drivers import directory
+from hpmapper.drivers.base import Capabilities, Chain, Ingested, Progress, Stored
+from hpmapper.drivers.upper import disk_usage, numbers
+from hpmapper.kernel.clone import can_clone
+from hpmapper.kernel.fs import filesystem_name
+from hpmapper.layer.build import Below, Nothing
+from hpmapper.layer.compare import compare
+from hpmapper.layer.diff import changes, write_tar
+from hpmapper.layer.scan import DirectoryView, scan
+from hpmapper.layer.stream import Expected
+from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
+from hpmapper.pool.tools import run_tool
+from hpmapper.store.workspace import discard, remove_tree
+from hpmapper.tree import Inode
+from hpmapper.tree import directory as new_directory
+
+
+class VfsDriver:
+    """See the module's text, and `hpmapper.drivers.base` for the contract."""
+
+    name = "vfs"
+    capabilities = Capabilities(
+        shares_layers=False,
+        copies_extents=False,
+        shares_cache=False,
+        changes_from_upper=False,
+        max_layers=1 << 20,
+        mounts=False,
+    )
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.scratch = home / "t"
+
+    def _snapshot(self, snapshot: SnapshotId) -> Path:
+        return self.home / "a" / str(snapshot)
+
+    def _layer(self, layer: SnapshotId) -> Path:
+        return self.home / "l" / str(layer)
+
+    def attach(self) -> None:
+        for name in ("a", "l", "t"):
+            (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def detach(self) -> None:
+        """Nothing is attached."""
+
+    def pin(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def ingest(
+        self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
+    ) -> Ingested:
+        self._copy(chain, work / "layer" / "diff")
+        return directory.unpack(
+            blob, self._below(chain), work, self._layer(layer), directory.Dialect.APPLIED, expect, progress
+        )
+
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
+        top = self._snapshot(snapshot)
+        if (top / "m").exists():
+            return
+        top.mkdir(mode=0o700, exist_ok=True)
+        copy = top / "copying"
+        if copy.exists():
+            remove_tree(copy)
+        self._copy(chain, copy)
+        faults.point("prepare.copied")
+        copy.rename(top / "m")
+
+    def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
+        return self._snapshot(snapshot) / "m"
+
+    def unmount(self, snapshot: SnapshotId) -> None:
+        """Nothing is mounted."""
+
+    def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
+        return changes(self._changed(snapshot, chain), self._below(chain))
+
+    def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
+        top = self._snapshot(snapshot) / "m"
+        write_tar(self._changed(snapshot, chain), lambda path: (top / os.fsdecode(path)).open("rb"), out)
+
+    def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
+        return directory.read_tar(self._layer(layer))
+
+    def remove(self, snapshot: SnapshotId) -> None:
+        discard(self._snapshot(snapshot), self.scratch)
+
+    def remove_layer(self, layer: SnapshotId) -> None:
+        discard(self._layer(layer), self.scratch)
+
+    def sweep_objects(self, known: Callable[[], Container[ObjectDigest]], timeout: float) -> int:
+        return 0
+
+    def stored(self) -> Stored:
+        return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
+
+    def usage(self, snapshot: SnapshotId) -> Usage:
+        return disk_usage(self._snapshot(snapshot) / "m", overlay=False)
+
+    def space(self) -> Space:
+        return Space.of(self.home)
+
+    def status(self) -> dict[str, str]:
+        return {
+            "Backing Filesystem": filesystem_name(self.home),
+            "Copies Extents": str(can_clone(self.home)).lower(),
+        }
+
+    def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
+        return directory.check(self._layer(layer))
+
+    def check_object(self, digest: ObjectDigest, size: int) -> str | None:
+        return "is not expected with this driver"
+
+    def _copy(self, chain: Chain, target: Path) -> None:
+        target.mkdir(parents=True)
+        if chain:
+            run_tool(["cp", "-a", "--reflink=auto", f"{self._layer(chain[0])}/diff/.", str(target)])
+        else:
+            target.chmod(0o755)
+
+    def _below(self, chain: Chain) -> Below:
+        if not chain:
+            return Nothing()
+        return DirectoryView(os.fsencode(self._layer(chain[0]) / "diff"), overlay=False)
+
+    def _changed(self, snapshot: SnapshotId, chain: Chain) -> Inode:
+        after = scan(os.fsencode(self._snapshot(snapshot) / "m"), overlay=False)
+        before = scan(os.fsencode(self._layer(chain[0]) / "diff"), overlay=False) if chain else new_directory()
+        return compare(before, after)

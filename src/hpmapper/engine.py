@@ -1,0 +1,389 @@
+"""The way: from a layer's tar to a mounted root, one transaction per operation.
+
+    take_layer  a layer's snapshot: there already, or ingested from its blob
+    ingest      tar → the driver's storage → recorded as a committed snapshot
+    prepare     a writable snapshot on top of one
+    mount       its root file system, at a path
+    commit      its changes as a tar, ingested again
+    remove      marked, then taken away
+    collect     what nothing refers to
+
+Every operation is intent → act → record. What was recorded is there after any crash; what was only intended is undone
+by `reconcile`, which runs whenever a root is opened. The engine knows names, drivers know storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from hpmapper import faults
+from hpmapper.drivers.base import Driver, Ingested, Progress
+from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.layer.stream import Expected
+from hpmapper.meta import snapshots
+from hpmapper.meta.db import Database
+from hpmapper.meta.snapshots import Layer, Snapshot
+from hpmapper.model import Change, Kind, ObjectDigest, SnapshotId, Usage
+from hpmapper.pipe import piped
+from hpmapper.pool.floor import Floor, check_floor
+from hpmapper.store import workspace
+from hpmapper.store.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A layer that an image brought: its snapshot, and what it cost (None: it was there, nothing was read)."""
+
+    snapshot: Snapshot
+    ingested: Ingested | None
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `collect` removed; `waiting`: objects were left because an ingest was running."""
+
+    layers: int
+    objects: int
+    bytes: int
+    waiting: bool
+
+
+class Engine:
+    """One root's snapshots. For use by several threads, and by several processes on one root."""
+
+    def __init__(self, db: Database, driver: Driver, floor: Floor) -> None:
+        """Take over a root whose driver is attached. Call `reconcile` before anything else."""
+        self.db = db
+        self.driver = driver
+        self._floor = floor
+        self._session: Workspace | None = None
+        self._leases = count()
+
+    def close(self) -> None:
+        """End the session; nothing is unmounted."""
+        if self._session:
+            self._session.close()
+            self._session = None
+        self.db.close()
+
+    # Layers in.
+
+    def take_layer(
+        self,
+        parent: Snapshot | None,
+        expect: Expected,
+        open_blob: Callable[[], BinaryIO],
+        lease: str | None = None,
+        progress: Progress | None = None,
+    ) -> Taken:
+        """The committed snapshot of a layer on top of `parent`, read from its blob only if nothing has it yet.
+
+        Raises as `ingest`.
+        """
+        known = self._known_layer(parent, expect.diff_id, lease) if expect.diff_id else None
+        if known:
+            return Taken(known, None)
+        with open_blob() as blob:
+            return self.ingest(parent, blob, expect, lease, progress)
+
+    @contextmanager
+    def lease(self) -> Iterator[str]:
+        """Keep the layers taken meanwhile from being collected: until an image that has them is recorded."""
+        holder = f"{self._workspace().token}/{next(self._leases)}"
+        try:
+            yield holder
+        finally:
+            with self.db.transaction(durable=False) as transaction:
+                snapshots.release(transaction, holder)
+
+    def ingest(
+        self,
+        parent: Snapshot | None,
+        blob: BinaryIO,
+        expect: Expected,
+        lease: str | None = None,
+        progress: Progress | None = None,
+    ) -> Taken:
+        """Read a layer into a committed snapshot on top of `parent`; its key is its chain ID (OCI image spec).
+
+        Raises:
+            Corrupt: the blob is damaged or not what `expect` says. InvalidArgument: it is hostile.
+            NoSpace: the pool is too full. In each case nothing of it is left.
+        """
+        below = self._chain(parent)
+        self._require_room(below)
+        with self._workspace().directory() as work, self.driver.pin():
+            key = f"ingest-{work.parent.name}-{work.name}"
+            with self._making(key, Kind.COMMITTED, parent, self.driver.remove_layer) as snapshot:
+                facts = self.driver.ingest(snapshot, below, blob, work, expect, progress)
+                faults.point("ingest.stored")
+                found = self._record(parent, snapshot, facts, lease)
+        return Taken(found, facts)
+
+    def _known_layer(self, parent: Snapshot | None, diff_id: str, lease: str | None) -> Snapshot | None:
+        key = chain_id(parent.key if parent else None, diff_id)
+        with self.db.transaction() as transaction:
+            found = snapshots.find(transaction, key)
+            if found and snapshots.is_damaged(transaction, found):
+                return None
+            snapshot = found.id if found else self._adopt(transaction, key, parent, diff_id)
+            if snapshot is not None and lease:
+                snapshots.hold(transaction, lease, snapshot)
+        return snapshots.by_id(self.db, snapshot) if snapshot is not None else None
+
+    def _adopt(
+        self, transaction: snapshots.Transaction, key: str, parent: Snapshot | None, diff_id: str
+    ) -> SnapshotId | None:
+        """Let a layer that came with another chain stand on `parent` too, if the driver and the layer allow it."""
+        shared = self.driver.capabilities.shares_layers
+        layer = snapshots.unbound_layer(transaction, diff_id) if shared else None
+        if layer is None:
+            return None
+        snapshot = snapshots.begin(transaction, key, Kind.COMMITTED, parent, self._workspace().token)
+        snapshots.committed(transaction, snapshot, key, layer)
+        return snapshot
+
+    def _record(
+        self, parent: Snapshot | None, snapshot: SnapshotId, facts: Ingested, lease: str | None
+    ) -> Snapshot:
+        """Make an ingested layer exist; or take the one that somebody else finished first, healing it if need be."""
+        key = chain_id(parent.key if parent else None, facts.digests.diff_id)
+        layer = Layer(
+            snapshot,
+            facts.digests.diff_id,
+            facts.bound,
+            facts.digest,
+            facts.digests.tar_size,
+            facts.size,
+            facts.inodes,
+            damaged=False,
+        )
+        with self.db.transaction() as transaction:
+            snapshots.add_layer(transaction, layer, facts.objects)
+            winner = snapshots.find(transaction, key)
+            if winner is None:
+                snapshots.committed(transaction, snapshot, key, snapshot)
+            else:
+                if winner.layer is not None and snapshots.is_damaged(transaction, winner):
+                    snapshots.heal(transaction, winner.layer, snapshot)
+                snapshots.forget(transaction, snapshot)
+            if lease:
+                snapshots.hold(transaction, lease, winner.id if winner else snapshot)
+        faults.point("ingest.recorded")
+        return snapshots.get(self.db, key)
+
+    # Snapshots.
+
+    def prepare(self, key: str, parent: Snapshot | None, kind: Kind = Kind.ACTIVE) -> Snapshot:
+        """Make an active snapshot, or a view, of `parent`.
+
+        Raises:
+            AlreadyExists: the key is taken. InvalidArgument: the parent is not committed. NoSpace: no room.
+        """
+        below = self._chain(parent)
+        self._require_room(below)
+        with self._making(key, kind, parent, self.driver.remove) as snapshot:
+            self.driver.prepare(snapshot, below, read_only=kind is Kind.VIEW)
+            faults.point("prepare.prepared")
+            # Not durable: power loss may take back a container that nobody can have written to for long.
+            with self.db.transaction(durable=False) as transaction:
+                snapshots.ready(transaction, snapshot)
+        faults.point("prepare.recorded")
+        return snapshots.by_id(self.db, snapshot)
+
+    def mount(self, snapshot: Snapshot) -> Path:
+        """The path of an active snapshot's or a view's root file system, mounted now if it was not."""
+        self._require_uncommitted(snapshot)
+        return self.driver.mount(snapshot.id, self._parents(snapshot), read_only=snapshot.kind is Kind.VIEW)
+
+    def unmount(self, snapshot: Snapshot) -> None:
+        """Take the root file system away until the next `mount`.
+
+        Raises:
+            FailedPrecondition: it is in use.
+        """
+        self._require_uncommitted(snapshot)
+        self.driver.unmount(snapshot.id)
+
+    def changes(self, snapshot: Snapshot) -> Iterator[Change]:
+        """What an active snapshot changed of its parent, in path order."""
+        self._require_uncommitted(snapshot)
+        return self.driver.changes(snapshot.id, self._parents(snapshot))
+
+    def commit(self, snapshot: Snapshot, lease: str | None = None) -> Taken:
+        """Make a committed snapshot of an active one's changes; the active one stays as it is.
+
+        Raises:
+            InvalidArgument: it has changed something that no layer can hold. NoSpace: the pool is too full.
+        """
+        self._require_uncommitted(snapshot)
+        below = self._parents(snapshot)
+        parent = snapshots.by_id(self.db, snapshot.parent) if snapshot.parent is not None else None
+        with piped(lambda out: self.driver.write_diff(snapshot.id, below, out)) as tar:
+            return self.ingest(parent, tar, Expected(), lease)
+
+    def read_tar(self, snapshot: Snapshot) -> Iterator[bytes]:
+        """Yield the tar that a committed snapshot's layer was made from."""
+        if snapshot.layer is None:
+            raise FailedPrecondition(f"snapshot {snapshot.key!r} is not committed")
+        return self.driver.read_tar(snapshot.layer)
+
+    def usage(self, snapshot: Snapshot) -> Usage:
+        """What a snapshot alone occupies; for a committed one, what it added when it came."""
+        if snapshot.layer is None:
+            return self.driver.usage(snapshot.id)
+        layer = snapshots.layer(self.db, snapshot.layer)
+        return Usage(layer.size, layer.inodes)
+
+    def remove(self, snapshot: Snapshot, also: Callable[[snapshots.Transaction], object] | None = None) -> None:
+        """Remove a snapshot of any kind; `also` is recorded in the same transaction (what else goes with it).
+
+        A committed one's layer stays until `collect`.
+
+        Raises:
+            FailedPrecondition: it has children, an image or a container has it, or it is mounted and in use.
+        """
+        if snapshot.kind is not Kind.COMMITTED:
+            self.driver.unmount(snapshot.id)  # in use: refuse before anything is changed
+        with self.db.transaction() as transaction:
+            if also:
+                also(transaction)
+            snapshots.begin_removal(transaction, snapshot, self._workspace().token)
+        faults.point("remove.intended")
+        self._finish_removal(snapshot.id)
+
+    def _finish_removal(self, snapshot: SnapshotId) -> None:
+        self.driver.remove(snapshot)
+        faults.point("remove.removed")
+        with self.db.transaction(durable=False) as transaction:
+            snapshots.forget(transaction, snapshot)
+
+    # Rubbish.
+
+    def collect(self, timeout: float = 60) -> Collected:
+        """Remove the images' layers that no image has any more, and the objects that no layer needs.
+
+        Runs beside everything else; only running ingests are waited for, `timeout` seconds, before objects are removed.
+        """
+        free = self.driver.space().free
+        with self.db.transaction() as transaction:
+            for holder in snapshots.lease_holders(self.db):
+                if not workspace.is_alive(self.driver.scratch, holder.partition("/")[0]):
+                    snapshots.release(transaction, holder)
+            snapshots.forget_unused_chains(transaction)
+        gone = 0
+        for layer in snapshots.unused_layers(self.db):
+            with self.db.transaction() as transaction:
+                gone += snapshots.forget_layer(transaction, layer)
+            faults.point("collect.layer-forgotten")
+        self._remove_unknown()
+        with self.db.transaction() as transaction:
+            objects = snapshots.forget_unused_objects(transaction)
+        faults.point("collect.objects-forgotten")
+        try:
+            self.driver.sweep_objects(self._known_objects, timeout)
+            waiting = False
+        except BlockingIOError:
+            waiting = True
+        return Collected(gone, objects, max(0, self.driver.space().free - free), waiting)
+
+    def reconcile(self) -> None:
+        """Undo what dead processes left half done. Cheap when there is nothing; thorough once after each boot."""
+        for snapshot, owner in snapshots.unfinished(self.db):
+            if owner is None or not workspace.is_alive(self.driver.scratch, owner):
+                self._undo(snapshot)
+        workspace.sweep(self.driver.scratch)
+        boot = _BOOT_ID.read_text().strip()
+        if self.db.setting("boot_id") != boot:
+            self._remove_unknown()
+            self._forget_lost()
+            self.driver.sweep_objects(self._known_objects, timeout=0)
+            self.db.set_setting("boot_id", boot)
+
+    def _undo(self, snapshot: SnapshotId) -> None:
+        log.info("undoing unfinished snapshot %s", snapshot)
+        self.driver.remove_layer(snapshot)
+        self._finish_removal(snapshot)
+
+    def _remove_unknown(self) -> None:
+        """Remove storage that no row names."""
+        stored = self.driver.stored()  # before the rows: whoever makes storage records the intent first
+        known = snapshots.storage_ids(self.db)
+        for snapshot in stored.snapshots - known.snapshots:
+            self.driver.remove(snapshot)
+        for layer in stored.layers - known.layers:
+            self.driver.remove_layer(layer)
+
+    def _forget_lost(self) -> None:
+        """Forget the snapshots that power loss took before their storage was on the disk."""
+        stored = self.driver.stored()
+        for snapshot in snapshots.storage_ids(self.db).ready - stored.snapshots:
+            log.warning("snapshot %s was lost with the machine's power before it was on the disk", snapshot)
+            with self.db.transaction() as transaction:
+                snapshots.forget_lost(transaction, snapshot)
+
+    def _known_objects(self) -> Container[ObjectDigest]:
+        return {digest for digest, _ in snapshots.objects(self.db)}
+
+    # Common steps.
+
+    @contextmanager
+    def _making(
+        self, key: str, kind: Kind, parent: Snapshot | None, undo: Callable[[SnapshotId], None]
+    ) -> Iterator[SnapshotId]:
+        """Record the intent to make a snapshot; if the body fails, take back what it did."""
+        # The intent need not be durable: power loss ends in the thorough reconciliation.
+        with self.db.transaction(durable=False) as transaction:
+            snapshot = snapshots.begin(transaction, key, kind, parent, self._workspace().token)
+        faults.point("intent.recorded")
+        try:
+            yield snapshot
+        except BaseException:
+            undo(snapshot)
+            with self.db.transaction(durable=False) as transaction:
+                snapshots.forget(transaction, snapshot)
+            raise
+
+    def _workspace(self) -> Workspace:
+        if self._session is None:
+            self._session = Workspace(self.driver.scratch)
+        return self._session
+
+    def _chain(self, parent: Snapshot | None) -> list[SnapshotId]:
+        if parent is not None and parent.kind is not Kind.COMMITTED:
+            raise InvalidArgument(f"parent {parent.key!r} is not committed")
+        return snapshots.layers_below(self.db, parent.id if parent else None)
+
+    def _parents(self, snapshot: Snapshot) -> list[SnapshotId]:
+        return snapshots.layers_below(self.db, snapshot.parent)
+
+    def _require_room(self, below: list[SnapshotId]) -> None:
+        check_floor(self.driver.space(), self._floor)
+        limit = self.driver.capabilities.max_layers
+        if len(below) >= limit:
+            raise InvalidArgument(
+                f"the {self.driver.name} driver stacks at most {limit} layers", hint="squash the image's layers"
+            )
+
+    @staticmethod
+    def _require_uncommitted(snapshot: Snapshot) -> None:
+        if snapshot.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"snapshot {snapshot.key!r} is committed", hint="prepare one on top of it")
+
+
+def chain_id(parent: str | None, diff_id: str) -> str:
+    """The name of a layer on top of others (OCI image spec, config.md, "Layer ChainID")."""
+    if parent is None:
+        return diff_id
+    return "sha256:" + hashlib.sha256(f"{parent} {diff_id}".encode("ascii")).hexdigest()

@@ -1,0 +1,202 @@
+"""Images: what a user pulls, lists, saves and removes, made of the engine's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from hpmapper import faults
+from hpmapper.engine import Engine, Taken
+from hpmapper.errors import Corrupt, InvalidArgument, NotFound
+from hpmapper.image import oci, reference
+from hpmapper.image.opening import SourceOptions, open_source
+from hpmapper.image.save import SavedImage, SavedLayer
+from hpmapper.image.source import LayerBlob, SourceImage, Unpacked
+from hpmapper.layer.diff import write_tar
+from hpmapper.layer.scan import scan
+from hpmapper.layer.stream import Expected
+from hpmapper.meta import images as meta
+from hpmapper.meta import snapshots
+from hpmapper.meta.images import ImageRow
+from hpmapper.meta.snapshots import Snapshot
+
+_ID = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
+
+
+class Watcher(Protocol):
+    """Told how bringing in an image goes; the command line draws it."""
+
+    def layer(self, number: int, count: int, size: int | None) -> Callable[[int], None]:
+        """Layer `number` of `count` begins; returns what is told of compressed bytes read."""
+
+    def layer_done(self, number: int, taken: Taken) -> None:
+        """It is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """An image that came, with what each of its layers cost, lowest first."""
+
+    image: ImageRow
+    layers: tuple[Taken, ...]
+
+
+class Images:
+    """The images of one root."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._db = engine.db
+
+    def bring(self, source: str, options: SourceOptions, names: Sequence[str], watcher: Watcher) -> list[Brought]:
+        """Bring in all images of a source (see `hpmapper.image.opening`), named as it suggests or as `names` says.
+
+        Raises:
+            InvalidArgument: several images came for one name.
+            And what the source and the engine raise; then no image is recorded, and nothing stays but whole layers.
+        """
+        wanted = [reference.normalised(name) for name in names]
+        options = dataclasses.replace(options, tar_directory=_tar_directory)
+        with open_source(source, options) as opened, self._engine.lease() as lease:
+            found = opened.images()
+            if wanted and len(found) > 1:
+                raise InvalidArgument(f"{source} holds {len(found)} images, which cannot share a name")
+            return [self._bring_one(image, wanted or image.names, lease, watcher) for image in found]
+
+    def _bring_one(self, image: SourceImage, names: Sequence[str], lease: str, watcher: Watcher) -> Brought:
+        parent: Snapshot | None = None
+        layers: list[Taken] = []
+        for number, blob in enumerate(image.layers):
+            progress = watcher.layer(number, len(image.layers), blob.size)
+            taken = self._engine.take_layer(parent, _expected(blob), blob.open, lease, progress)
+            watcher.layer_done(number, taken)
+            layers.append(taken)
+            parent = taken.snapshot
+        unpacked = [self._unpacked(taken.snapshot) for taken in layers]
+        final = image.finish(unpacked)
+        row = self.record(final.config_bytes, parent, sum(layer.size for layer in unpacked), names)
+        return Brought(row, tuple(layers))
+
+    def _unpacked(self, snapshot: Snapshot) -> Unpacked:
+        assert snapshot.layer is not None
+        layer = snapshots.layer(self._db, snapshot.layer)
+        return Unpacked(layer.diff_id, layer.tar_size)
+
+    def record(self, config: bytes, top: Snapshot | None, size: int, names: Sequence[str]) -> ImageRow:
+        """Make an image exist."""
+        image_id = oci.sha256(config)
+        with self._db.transaction() as transaction:
+            meta.add_image(transaction, image_id, config, top.id if top else None, size)
+            for name in names:
+                meta.tag(transaction, name, image_id)
+        faults.point("image.recorded")
+        return meta.image(self._db, image_id)
+
+    def all(self) -> list[ImageRow]:
+        """Every image, oldest first."""
+        return meta.images(self._db)
+
+    def find(self, name: str) -> ImageRow:
+        """The image of a name, an id, or the beginning of an id.
+
+        Raises:
+            NotFound: there is none. InvalidArgument: several ids begin so, or it is neither.
+        """
+        by_id = _ID.fullmatch(name)
+        if by_id:
+            found = meta.images_by_prefix(self._db, by_id[1])
+            if len(found) > 1:
+                raise InvalidArgument(f"{len(found)} images have ids that begin with {by_id[1]}", hint="give more of it")
+            if found:
+                return found[0]
+        row = meta.image_by_name(self._db, reference.normalised(name))
+        if row is None:
+            raise NotFound(f"image {name!r} does not exist", hint="hpmapper image ls shows those that do")
+        return row
+
+    def tag(self, name: str, new: str) -> None:
+        """Give an image one more name."""
+        row = self.find(name)
+        with self._db.transaction() as transaction:
+            meta.tag(transaction, reference.normalised(new), row.id)
+
+    def remove(self, name: str) -> bool:
+        """Remove a name, and the image with its last one; by its id, the image with all its names.
+
+        Returns whether the image is gone. Its layers stay until the engine collects.
+
+        Raises:
+            NotFound: there is no such image. FailedPrecondition: a container has it.
+        """
+        row = self.find(name)
+        full = None if _ID.fullmatch(name) and row.id[7:].startswith(name.removeprefix("sha256:")) else name
+        with self._db.transaction() as transaction:
+            if full is not None and len(row.names) > 1:
+                meta.untag(transaction, reference.normalised(full))
+                return False
+            meta.forget_image(transaction, row.id)
+        faults.point("image.forgotten")
+        return True
+
+    def layers(self, row: ImageRow) -> list[Snapshot]:
+        """The image's committed snapshots, lowest first."""
+        chain: list[Snapshot] = []
+        at = row.top
+        while at is not None:
+            chain.append(snapshots.by_id(self._db, at))
+            at = chain[-1].parent
+        return chain[::-1]
+
+    def top(self, row: ImageRow) -> Snapshot | None:
+        """The image's topmost snapshot, None for an image without layers."""
+        return snapshots.by_id(self._db, row.top) if row.top is not None else None
+
+    def saved(self, row: ImageRow) -> SavedImage:
+        """The image as `hpmapper.image.save` writes it out."""
+        layers = []
+        for snapshot in self.layers(row):
+            unpacked = self._unpacked(snapshot)
+            layers.append(SavedLayer(unpacked.diff_id, unpacked.size, self._opener(snapshot)))
+        return SavedImage(row.names, row.config, tuple(layers))
+
+    def _opener(self, snapshot: Snapshot) -> Callable[[], BinaryIO]:
+        return lambda: io.BufferedReader(_PieceReader(self._engine.read_tar(snapshot)), 1 << 20)
+
+
+class _PieceReader(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
+def _expected(blob: LayerBlob) -> Expected:
+    return Expected(blob.diff_id, blob.digest, blob.size)
+
+
+def _tar_directory(directory: Path, out: BinaryIO) -> None:
+    """Write a root file system's directory as a layer tar."""
+    import os
+
+    top = os.fsencode(directory)
+    write_tar(scan(top, overlay=False), lambda path: open(top + b"/" + path, "rb"), out)

@@ -1,0 +1,146 @@
+"""The connection: SQLite with a write-ahead log, one writer at a time, typed rows by hand."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hpmapper.errors import Corrupt, FailedPrecondition, NoSpace, Unsupported
+from hpmapper.meta.schema import MIGRATIONS, SCHEMA, VERSION
+
+_BUSY_SECONDS = 60.0
+
+
+class Database:
+    """One root's database, for use by several threads: each has its own connection.
+
+    Raises (from any method):
+        Corrupt: SQLite says that the file is damaged.
+        NoSpace: the file system is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the database, made on first use.
+
+        Raises:
+            Unsupported: a newer hpmapper wrote it.
+        """
+        self.path = path
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        with translated(path):
+            self._prepare()
+
+    def close(self) -> None:
+        """Close every thread's connection."""
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+
+    @contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """A write transaction, committed at the end or rolled back on an error.
+
+        A durable one is on stable storage when this returns, with all that came before it. One that is not may be
+        lost with the machine's power, whole, but never torn: enough where losing it does no harm (a container nobody
+        has written to yet), and ten times cheaper.
+        """
+        with translated(self.path):
+            connection = self._connection()
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    def rows(self, sql: str, *values: object) -> list[Any]:
+        """The rows of a query, as `sqlite3.Row`."""
+        with translated(self.path):
+            return self._connection().execute(sql, values).fetchall()
+
+    def row(self, sql: str, *values: object) -> Any:
+        """The first row of a query, or None."""
+        with translated(self.path):
+            return self._connection().execute(sql, values).fetchone()
+
+    def setting(self, key: str) -> str | None:
+        """A setting of the root, None where it was never set."""
+        row = self.row("SELECT value FROM setting WHERE key = ?", key)
+        return str(row[0]) if row else None
+
+    def set_setting(self, key: str, value: str) -> None:
+        """Set a setting of the root."""
+        with self.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (key, value))
+
+    def integrity_errors(self) -> list[str]:
+        """What SQLite's own check finds wrong with the file."""
+        found = [str(row[0]) for row in self.rows("PRAGMA integrity_check")]
+        found += [f"{row[0]} row {row[1]} refers to nothing" for row in self.rows("PRAGMA foreign_key_check")]
+        return [line for line in found if line != "ok"]
+
+    def _connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(
+                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA foreign_keys = ON")
+            self._local.connection = connection
+            self._connections.append(connection)
+        return connection
+
+    def _prepare(self) -> None:
+        db = self._connection()
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == VERSION:
+            return
+        if version > VERSION:
+            raise Unsupported(
+                f"{self.path} has format {version}, this hpmapper knows up to {VERSION}", hint="use the newer hpmapper"
+            )
+        db.execute("PRAGMA journal_mode = WAL")
+        with self.transaction() as db:
+            # Another process may have been first: look again, now that nobody else can write.
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            for script in [SCHEMA] if version == 0 else [MIGRATIONS[old] for old in range(version, VERSION)]:
+                for statement in _statements(script):
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Split a script; `executescript` would commit the transaction around it."""
+    pending = ""
+    for line in script.splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            yield pending
+            pending = ""
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors that a user can act on into ours."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise NoSpace(f"no space left for {path}", hint="free some space on its file system") from error
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise FailedPrecondition(f"{path} has been locked for {_BUSY_SECONDS:.0f} s", hint="try again") from error
+        if error.sqlite_errorcode in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            raise FailedPrecondition(f"{path} cannot be opened: {error}", hint="run as root; see --root") from error
+        raise
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise Corrupt(f"{path} is damaged: {error}", hint="restore it from a backup") from error
+        raise

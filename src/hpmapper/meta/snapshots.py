@@ -1,0 +1,345 @@
+"""Snapshots, layers and objects in the database. Every function that writes takes the open transaction.
+
+A snapshot passes through states: `creating` (intent), `ready`, `removing` (intent). Only `ready` ones are seen by
+anybody; the others have an owner, and are undone once that owner is dead.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpmapper.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from hpmapper.meta.db import Database
+from hpmapper.model import Kind, ObjectDigest, SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot as the database has it; see `schema.py` for the columns."""
+
+    id: SnapshotId
+    key: str
+    kind: Kind
+    parent: SnapshotId | None
+    layer: SnapshotId | None
+    created: int
+    updated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer as the database has it; see `schema.py` for the columns."""
+
+    id: SnapshotId
+    diff_id: str
+    bound: bool
+    digest: bytes | None
+    tar_size: int
+    size: int
+    inodes: int
+    damaged: bool
+
+
+Transaction = sqlite3.Connection
+"""An open write transaction, as `Database.transaction` yields it."""
+
+Source = Database | Transaction
+"""Where a query runs: by itself, or inside the open transaction."""
+
+
+def _rows(source: Source, sql: str, *values: object) -> list[Any]:
+    return source.rows(sql, *values) if isinstance(source, Database) else source.execute(sql, values).fetchall()
+
+
+_COLUMNS = "snapshot.id, key, kind, parent, layer, created, updated"
+
+
+def _snapshot(row: Any) -> Snapshot:
+    return Snapshot(
+        SnapshotId(row["id"]),
+        row["key"],
+        Kind(row["kind"]),
+        row["parent"],
+        row["layer"],
+        row["created"],
+        row["updated"],
+    )
+
+
+def find(db: Source, key: str) -> Snapshot | None:
+    """The ready snapshot of that key, or None."""
+    rows = _rows(db, f"SELECT {_COLUMNS} FROM snapshot WHERE key = ? AND state = 'ready'", key)
+    return _snapshot(rows[0]) if rows else None
+
+
+def get(db: Database, key: str) -> Snapshot:
+    """The ready snapshot of that key.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = find(db, key)
+    if found is None:
+        raise NotFound(f"snapshot {key!r} does not exist")
+    return found
+
+
+def by_id(db: Database, snapshot: SnapshotId) -> Snapshot:
+    """The snapshot of that id, whatever its state."""
+    row = db.row(f"SELECT {_COLUMNS} FROM snapshot WHERE id = ?", snapshot)
+    if row is None:
+        raise NotFound(f"snapshot {snapshot} does not exist")
+    return _snapshot(row)
+
+
+def walk(db: Database) -> Iterator[Snapshot]:
+    """Every ready snapshot, parents before their children."""
+    yield from map(_snapshot, db.rows(f"SELECT {_COLUMNS} FROM snapshot WHERE state = 'ready' ORDER BY id"))
+
+
+def layers_below(db: Database, parent: SnapshotId | None) -> list[SnapshotId]:
+    """The storage ids of a chain of committed snapshots, nearest first."""
+    rows = db.rows(
+        """WITH RECURSIVE chain (id, parent, layer, depth) AS (
+               SELECT id, parent, layer, 0 FROM snapshot WHERE id = ?
+               UNION ALL
+               SELECT s.id, s.parent, s.layer, depth + 1 FROM snapshot s JOIN chain ON s.id = chain.parent
+           ) SELECT layer FROM chain ORDER BY depth""",
+        parent,
+    )
+    return [SnapshotId(row[0]) for row in rows]
+
+
+def layer(db: Database, layer_id: SnapshotId) -> Layer:
+    """The layer of that id."""
+    row = db.row("SELECT * FROM layer WHERE id = ?", layer_id)
+    if row is None:
+        raise NotFound(f"layer {layer_id} does not exist")
+    return _layer(row)
+
+
+def layers(db: Database) -> list[Layer]:
+    """Every layer."""
+    return [_layer(row) for row in db.rows("SELECT * FROM layer ORDER BY id")]
+
+
+def _layer(row: Any) -> Layer:
+    return Layer(
+        SnapshotId(row["id"]),
+        row["diff_id"],
+        bool(row["bound"]),
+        row["digest"],
+        row["tar_size"],
+        row["size"],
+        row["inodes"],
+        bool(row["damaged"]),
+    )
+
+
+def unbound_layer(db: Source, diff_id: str) -> SnapshotId | None:
+    """A layer of that DiffID that is right above any parent."""
+    rows = _rows(
+        db, "SELECT id FROM layer WHERE diff_id = ? AND NOT bound AND NOT damaged ORDER BY id LIMIT 1", diff_id
+    )
+    return SnapshotId(rows[0][0]) if rows else None
+
+
+def begin(db: Transaction, key: str, kind: Kind, parent: Snapshot | None, owner: str) -> SnapshotId:
+    """Record the intent to make a snapshot.
+
+    Raises:
+        AlreadyExists: the key is taken.
+        InvalidArgument: the parent is not committed.
+    """
+    if parent is not None and parent.kind is not Kind.COMMITTED:
+        raise InvalidArgument(f"parent {parent.key!r} is not committed")
+    now = time.time_ns()
+    try:
+        cursor = db.execute(
+            "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) "
+            "VALUES (?, ?, 'creating', ?, ?, ?, ?)",
+            (key, kind, owner, parent.id if parent else None, now, now),
+        )
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+            raise AlreadyExists(f"snapshot {key!r} exists already") from None
+        raise NotFound(f"parent of snapshot {key!r} is gone") from None
+    assert cursor.lastrowid is not None
+    return SnapshotId(cursor.lastrowid)
+
+
+def ready(db: Transaction, snapshot: SnapshotId) -> None:
+    """Record that an active snapshot or view is there."""
+    db.execute("UPDATE snapshot SET state = 'ready', owner = NULL WHERE id = ?", (snapshot,))
+
+
+def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: SnapshotId) -> None:
+    """Record that a snapshot is there under its final key, made of that layer."""
+    now = time.time_ns()
+    db.execute(
+        "UPDATE snapshot SET key = ?, kind = 'committed', state = 'ready', owner = NULL, layer = ?, created = ?, "
+        "updated = ? WHERE id = ?",
+        (key, layer_id, now, now, snapshot),
+    )
+
+
+def is_damaged(db: Source, snapshot: Snapshot) -> bool:
+    """Whether the snapshot's layer is known to be damaged."""
+    rows = _rows(db, "SELECT damaged FROM layer WHERE id = ?", snapshot.layer)
+    return bool(rows and rows[0][0])
+
+
+def heal(db: Transaction, damaged: SnapshotId, new: SnapshotId) -> None:
+    """Let every snapshot of a damaged layer use a new one made from the same tar."""
+    db.execute("UPDATE snapshot SET layer = ? WHERE layer = ?", (new, damaged))
+
+
+def mark_damaged(db: Transaction, layer_id: SnapshotId) -> None:
+    """Record that a layer cannot be repaired from what is here."""
+    db.execute("UPDATE layer SET damaged = 1 WHERE id = ?", (layer_id,))
+
+
+def add_layer(db: Transaction, new: Layer, objects: Mapping[ObjectDigest, int]) -> None:
+    """Record a layer and the objects that it needs."""
+    db.execute(
+        "INSERT INTO layer VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (new.id, new.diff_id, new.bound, new.digest, new.tar_size, new.size, new.inodes, new.damaged),
+    )
+    db.executemany("INSERT OR IGNORE INTO object (digest, size) VALUES (?, ?)", objects.items())
+    db.executemany(
+        "INSERT INTO layer_object SELECT ?, id FROM object WHERE digest = ?",
+        ((new.id, digest) for digest in objects),
+    )
+
+
+def forget(db: Transaction, snapshot: SnapshotId) -> None:
+    """Record that a snapshot is gone."""
+    db.execute("DELETE FROM snapshot WHERE id = ?", (snapshot,))
+
+
+def begin_removal(db: Transaction, snapshot: Snapshot, owner: str) -> None:
+    """Record the intent to remove a snapshot; from here on nobody sees it.
+
+    Raises:
+        FailedPrecondition: it has children, or an image or container uses it.
+    """
+    child = db.execute("SELECT key FROM snapshot WHERE parent = ? LIMIT 1", (snapshot.id,)).fetchone()
+    if child:
+        raise FailedPrecondition(f"cannot remove snapshot {snapshot.key!r}: {child[0]!r} is made from it")
+    user = db.execute(
+        "SELECT 'image ' || id FROM image WHERE top = ?1 UNION ALL SELECT 'container ' || name FROM container "
+        "WHERE snapshot = ?1 LIMIT 1",
+        (snapshot.id,),
+    ).fetchone()
+    if user:
+        raise FailedPrecondition(f"cannot remove snapshot {snapshot.key!r}: {user[0]} uses it")
+    changed = db.execute(
+        "UPDATE snapshot SET state = 'removing', owner = ?, layer = NULL, key = 'removing-' || id "
+        "WHERE id = ? AND state = 'ready'",
+        (owner, snapshot.id),
+    )
+    if changed.rowcount == 0:
+        raise NotFound(f"snapshot {snapshot.key!r} does not exist")
+
+
+def unfinished(db: Database) -> list[tuple[SnapshotId, str | None]]:
+    """(id, owner) of the snapshots that were being made or removed when their owner stopped, or still are."""
+    rows = db.rows("SELECT id, owner FROM snapshot WHERE state <> 'ready'")
+    return [(SnapshotId(row[0]), row[1]) for row in rows]
+
+
+def hold(db: Transaction, holder: str, snapshot: SnapshotId) -> None:
+    """Lease a snapshot: `unused_chains` leaves it alone until `release`."""
+    db.execute("INSERT OR IGNORE INTO lease VALUES (?, ?)", (holder, snapshot))
+
+
+def release(db: Transaction, holder: str) -> None:
+    """End a lease."""
+    db.execute("DELETE FROM lease WHERE holder = ?", (holder,))
+
+
+def lease_holders(db: Database) -> list[str]:
+    """Who holds leases."""
+    return [str(row[0]) for row in db.rows("SELECT DISTINCT holder FROM lease")]
+
+
+def forget_unused_chains(db: Transaction) -> int:
+    """Drop the images' layers that no image, container, snapshot or lease has any more; returns how many."""
+    count = 0
+    while True:
+        gone = db.execute(
+            """DELETE FROM snapshot WHERE key LIKE 'sha256:%' AND state = 'ready' AND kind = 'committed'
+               AND NOT EXISTS (SELECT 1 FROM snapshot AS child WHERE child.parent = snapshot.id)
+               AND NOT EXISTS (SELECT 1 FROM image WHERE top = snapshot.id)
+               AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.snapshot = snapshot.id)"""
+        ).rowcount
+        if not gone:
+            return count
+        count += gone
+
+
+@dataclass(frozen=True, slots=True)
+class StorageIds:
+    """Whose storage may be on disk: of snapshots and layers, half-made ones included; `ready`: must be there."""
+
+    snapshots: set[SnapshotId]
+    layers: set[SnapshotId]
+    ready: set[SnapshotId]
+
+
+def storage_ids(db: Database) -> StorageIds:
+    """The ids of all storage that the database names."""
+    rows = db.rows("SELECT id, state = 'ready' FROM snapshot WHERE kind <> 'committed' OR state <> 'ready'")
+    named = {SnapshotId(row[0]) for row in rows}
+    layers = {SnapshotId(row[0]) for row in db.rows("SELECT id FROM layer")}
+    # A half-made committed snapshot has its storage among the layers.
+    return StorageIds(named, layers | named, {SnapshotId(row[0]) for row in rows if row[1]})
+
+
+def forget_lost(db: Transaction, snapshot: SnapshotId) -> None:
+    """Drop a snapshot whose storage is gone, and the container that had it."""
+    db.execute("DELETE FROM container WHERE snapshot = ?", (snapshot,))
+    db.execute("DELETE FROM snapshot WHERE id = ?", (snapshot,))
+
+
+def unused_layers(db: Database) -> list[SnapshotId]:
+    """Layers that no snapshot uses."""
+    rows = db.rows("SELECT id FROM layer WHERE id NOT IN (SELECT layer FROM snapshot WHERE layer IS NOT NULL)")
+    return [SnapshotId(row[0]) for row in rows]
+
+
+def forget_layer(db: Transaction, layer_id: SnapshotId) -> bool:
+    """Record that a layer is gone, unless a snapshot has taken it up meanwhile; says whether it is."""
+    cursor = db.execute(
+        "DELETE FROM layer WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM snapshot WHERE layer = ?1)", (layer_id,)
+    )
+    return cursor.rowcount > 0
+
+
+def forget_unused_objects(db: Transaction) -> int:
+    """Drop the objects that no layer needs; returns how many."""
+    return db.execute("DELETE FROM object WHERE id NOT IN (SELECT object FROM layer_object)").rowcount
+
+
+def objects(db: Database) -> Iterator[tuple[ObjectDigest, int]]:
+    """(digest, size) of every object."""
+    return ((ObjectDigest(row[0]), row[1]) for row in db.rows("SELECT digest, size FROM object"))
+
+
+def labels(db: Database, snapshot: SnapshotId) -> dict[str, str]:
+    """A snapshot's labels."""
+    return dict(map(tuple, db.rows("SELECT name, value FROM label WHERE snapshot = ?", snapshot)))
+
+
+def set_labels(db: Transaction, snapshot: SnapshotId, new: Mapping[str, str]) -> None:
+    """Replace a snapshot's labels."""
+    db.execute("DELETE FROM label WHERE snapshot = ?", (snapshot,))
+    _insert_labels(db, snapshot, new.items())
+
+
+def _insert_labels(db: Transaction, snapshot: SnapshotId, items: Iterable[tuple[str, str]]) -> None:
+    db.executemany("INSERT INTO label VALUES (?, ?, ?)", ((snapshot, name, value) for name, value in items))

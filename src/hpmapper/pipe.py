@@ -1,0 +1,65 @@
+"""One thread writes, the other reads: joins a producer of a stream to its consumer without a temporary file."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, cast
+
+
+class _Reader(io.RawIOBase):
+    """The reading end. The end of the stream is told only after the writer is known to have succeeded."""
+
+    def __init__(self, fd: int, outcome: Callable[[], None]) -> None:
+        self._raw = os.fdopen(fd, "rb", buffering=0)
+        self._outcome = outcome
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = self._raw.readinto(buffer)
+        if not count:
+            self._outcome()
+        return count or 0
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+@contextmanager
+def piped(write: Callable[[BinaryIO], None]) -> Iterator[BinaryIO]:
+    """Run `write` in a thread and yield what it writes.
+
+    An error of the writer is raised by the reader's next read; a reader that stops early ends the writer.
+    """
+    read_fd, write_fd = os.pipe()
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with os.fdopen(write_fd, "wb") as out:
+                write(out)
+        except BrokenPipeError:
+            pass  # the reader has had enough
+        except BaseException as error:  # handed to the reader
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="pipe-writer")
+
+    def outcome() -> None:
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    thread.start()
+    reader = _Reader(read_fd, outcome)
+    try:
+        yield cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
+    finally:
+        reader.close()
+        thread.join()
