@@ -8,6 +8,7 @@ import struct
 from typing import NamedTuple
 
 from hpmapper.kernel.syscall import (
+    NR_GETDENTS64,
     NR_OPENAT2,
     NR_STATFS,
     AnyPath,
@@ -33,6 +34,9 @@ _TRIM = struct.Struct("=QQQ")
 _XFS_GEOMETRY = struct.Struct("=8I4Q16s2IiI4I")
 _XFS_GROW = struct.Struct("=QI4x")
 _BTRFS_RESIZE = struct.Struct("=q4088s")
+_DIRENT = struct.Struct("=16xHB")  # the fixed part of struct linux_dirent64
+_DIRENTS = 4096
+_DT_UNKNOWN = 0
 _OPEN_HOW = struct.Struct("=QQQ")
 
 FS_IMMUTABLE_FL = 0x10
@@ -161,6 +165,22 @@ def btrfs_grow(path: AnyPath) -> None:
     """Grow the mounted single-device btrfs to its device's end."""
     with opened(path) as fd:
         ioctl(fd, _BTRFS_IOC_RESIZE, bytearray(_BTRFS_RESIZE.pack(0, b"1:max")))
+
+
+def knows_file_types(directory: AnyPath) -> bool:
+    """Whether readdir says what kind of file each entry is (d_type), without which overlayfs shows its whiteouts.
+
+    The directory must have an entry. XFS made with ftype=0 (before 2015, or on purpose) does not.
+    """
+    buffer = ctypes.create_string_buffer(_DIRENTS)
+    with opened(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        used = syscall(NR_GETDENTS64, fd, buffer, _DIRENTS, path=directory)
+    offset, kinds = 0, set()
+    while offset < used:
+        length, kind = _DIRENT.unpack_from(buffer.raw, offset)
+        kinds.add(kind)
+        offset += length
+    return _DT_UNKNOWN not in kinds
 
 
 def device_size(path: AnyPath) -> int:

@@ -30,9 +30,12 @@ AT_RECURSIVE = 0x8000
 
 # Since Linux 5.1 a new system call has one number on every architecture; older ones differ.
 _OLD: dict[str, tuple[int, int]] = {
+    "clone": (56, 220),
     "statfs": (137, 43),
+    "prctl": (157, 167),
     "mount": (165, 40),
     "umount2": (166, 39),
+    "getdents64": (217, 61),
     "unshare": (272, 97),
     "sync_file_range": (277, 84),
     "fanotify_init": (300, 262),
@@ -49,6 +52,9 @@ def _old(name: str) -> int:
     return 0xFFFF if _COLUMN is None else _OLD[name][_COLUMN]
 
 
+NR_CLONE = _old("clone")
+NR_GETDENTS64 = _old("getdents64")
+NR_PRCTL = _old("prctl")
 NR_STATFS = _old("statfs")
 NR_MOUNT = _old("mount")
 NR_UMOUNT2 = _old("umount2")

@@ -1,0 +1,68 @@
+"""Who opens and reads what on a file system: fanotify(7).
+
+Marks belong on the pool's own file system: overlay and EROFS mounts refuse them, and a mount mark does not see what
+overlayfs does underneath (it opens the real files since Linux 6.5 so that events arrive, commit bc2473c90fca).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from hpmapper.kernel.syscall import AT_FDCWD, NR_FANOTIFY_INIT, NR_FANOTIFY_MARK, AnyPath, syscall
+
+FAN_ACCESS = 0x1
+FAN_OPEN = 0x20
+FAN_PRE_ACCESS = 0x100000  # Linux 6.14
+
+_FAN_CLOEXEC = 0x1
+_FAN_NONBLOCK = 0x2
+_FAN_CLASS_PRE_CONTENT = 0x8
+_FAN_MARK_ADD = 0x1
+_FAN_MARK_FILESYSTEM = 0x100
+_METADATA = struct.Struct("=IBBHQii")
+_BUFFER = 64 * 1024
+
+
+class Event(NamedTuple):
+    """Something happened to a file. Whoever reads the event closes `fd` (-1: the queue overflowed)."""
+
+    mask: int
+    fd: int
+    pid: int
+
+
+@contextmanager
+def watching(filesystem: AnyPath, mask: int, *, pre_content: bool = False) -> Iterator[int]:
+    """A non-blocking fanotify fd that hears of `mask` on the whole file system that holds this path.
+
+    Args:
+        pre_content: hear of accesses before they happen and hold them up; each event then needs an answer.
+    """
+    flags = _FAN_CLOEXEC | _FAN_NONBLOCK | (_FAN_CLASS_PRE_CONTENT if pre_content else 0)
+    events = os.O_RDONLY | os.O_CLOEXEC | os.O_LARGEFILE
+    fd = syscall(NR_FANOTIFY_INIT, flags, events, path=filesystem)
+    try:
+        where = os.fsencode(filesystem)
+        syscall(NR_FANOTIFY_MARK, fd, _FAN_MARK_ADD | _FAN_MARK_FILESYSTEM, mask, AT_FDCWD, where, path=filesystem)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_events(fd: int) -> list[Event]:
+    """The events that wait; an empty list when none does."""
+    try:
+        data = os.read(fd, _BUFFER)
+    except BlockingIOError:
+        return []
+    events = []
+    offset = 0
+    while offset < len(data):
+        length, _, _, _, mask, file, pid = _METADATA.unpack_from(data, offset)
+        events.append(Event(mask, file, pid))
+        offset += length
+    return events
