@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from isal import igzip, igzip_lib
 
@@ -90,7 +90,13 @@ def compressed(out: BinaryIO, compression: str) -> BinaryIO:
     raise InvalidArgument(f"{compression!r} is not a compression", hint="one of " + ", ".join(COMPRESSIONS))
 
 
-def chunks(stream: BinaryIO) -> Iterator[bytes]:
+class Readable(Protocol):
+    """The one thing that is asked of most streams."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def chunks(stream: Readable) -> Iterator[bytes]:
     """Yield what is left of `stream`."""
     while chunk := stream.read(COPY):
         yield chunk

@@ -186,12 +186,12 @@ class ImageConfig(msgspec.Struct, frozen=True):
 
 
 class _Shape(msgspec.Struct, rename="camel"):
-    """The fields by which documents are told apart, undecoded."""
+    """The fields by which documents are told apart; null is as good as absent."""
 
-    manifests: msgspec.Raw | None = None
-    layers: msgspec.Raw | None = None
-    config: msgspec.Raw | None = None
-    fs_layers: msgspec.Raw | None = None
+    manifests: object = None
+    layers: object = None
+    config: object = None
+    fs_layers: object = None
     media_type: str | None = None
 
 
