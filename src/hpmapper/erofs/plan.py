@@ -1,0 +1,270 @@
+"""What the writer must know before the first byte: counts of everything, then a place for everything.
+
+Inodes come directory by directory, siblings together in the order of their names, each with its small data
+behind it: a cold find, stat or read of small files walks forward through few blocks. Nothing that fits in a block
+crosses one, and blocks with room left stay open for a while for what comes next.
+
+Errors carry a path, but nothing here keeps any: it is searched when something is wrong (`blame`).
+"""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+from typing import NamedTuple
+
+from hpmapper.erofs import dirents
+from hpmapper.erofs import format as fmt
+from hpmapper.erofs.inodes import MAX_FILE_SIZE, MAX_TARGET
+from hpmapper.erofs.xattrs import OBJECT, OPAQUE, PLAIN, REDIRECT_ENTRY_SIZE, Use, XattrTable
+from hpmapper.errors import InvalidArgument
+from hpmapper.tree import Inode, walk
+
+REG = stat.S_IFREG >> 12
+DIR = stat.S_IFDIR >> 12
+LNK = stat.S_IFLNK >> 12
+CHR = stat.S_IFCHR >> 12
+BLK = stat.S_IFBLK >> 12
+
+_BLOCK = fmt.BLOCK
+_U16 = 0xFFFF
+_U32 = 0xFFFFFFFF
+_FIRST_INODE = fmt.SUPERBLOCK_OFFSET + fmt.SUPERBLOCK.size
+_OPEN_BLOCKS = 8
+_BARE_OBJECT = Use((), OBJECT)
+_BARE_OPAQUE = Use((), OPAQUE)
+
+
+class Scan:
+    """What must be known of the whole tree before anything can be placed.
+
+    Attributes:
+        inodes: each once, directory by directory; the root first.
+        links: the link counts that are not 1, by `id` of the inode.
+        parents: each directory's parent, by `id`.
+        sizes: bytes of each directory's entries, by `id`.
+        epoch: the most common mtime: the one that compact inodes have.
+        xattrs: the bodies of xattrs, made from what recurs.
+    """
+
+    def __init__(self, root: Inode) -> None:
+        if root.children is None:
+            raise InvalidArgument("the root of a map must be a directory")
+        self.root = root
+        self.inodes: list[Inode] = []
+        self.links: dict[int, int] = {}
+        self.parents = {id(root): root}
+        self.sizes: dict[int, int] = {}
+        self._descend()
+        times = Counter([inode.mtime_ns for inode in self.inodes])
+        self.epoch = min(times, key=lambda time: (-times[time], time))
+        self.xattrs = XattrTable(Counter(use for use in map(use_of, self.inodes) if use))
+
+    def _descend(self) -> None:
+        seen = {id(self.root)}
+        self.inodes.append(self.root)
+        stack = [self.root]
+        while stack:
+            directory = stack.pop()
+            children = directory.entries()
+            names = sorted(children)
+            self._check_names(directory, names)
+            self.sizes[id(directory)] = dirents.size_of(names)
+            below = []
+            for name in names:
+                child = children[name]
+                if child.children is not None:
+                    below.append(child)
+                if (key := id(child)) in seen:
+                    self._link(name, child)
+                else:
+                    seen.add(key)
+                    self.inodes.append(child)
+            self.links[id(directory)] = 2 + len(below)
+            self.parents.update((id(child), directory) for child in below)
+            stack.extend(reversed(below))
+
+    def _link(self, name: bytes, inode: Inode) -> None:
+        if inode.children is not None:
+            raise InvalidArgument(f"{show(name)}: one directory under two names")
+        self.links[id(inode)] = self.links.get(id(inode), 1) + 1
+
+    def _check_names(self, directory: Inode, names: list[bytes]) -> None:
+        joined = b"".join(names)  # one search of all is many times faster than one search of each
+        suspects = b"/" in joined or b"\0" in joined or not directory.entries().keys().isdisjoint((b"", b".", b".."))
+        if not suspects and max(map(len, names), default=1) <= fmt.NAME_MAX:
+            return
+        bad = next(name for name in names if not dirents.is_name(name))
+        raise blame(self.root, directory, f"no file can have this name of {len(bad)} bytes: {show(bad[:300])}")
+
+
+class Packer:
+    """Finds places for inodes: first fit over the few blocks opened last."""
+
+    def __init__(self) -> None:
+        self.end = _BLOCK
+        self._open = [(_FIRST_INODE, _BLOCK - _FIRST_INODE)]
+
+    def place(self, size: int) -> int:
+        """The address for `size` bytes; what fits in a block never crosses one."""
+        size = size + fmt.SLOT - 1 & -fmt.SLOT
+        for index, (address, room) in enumerate(self._open):
+            if size <= room:
+                self._open[index] = address + size, room - size
+                return address
+        address = self.take_blocks(size) * _BLOCK
+        self._open.append((address + size, self.end - address - size))
+        if len(self._open) > _OPEN_BLOCKS:
+            del self._open[0]
+        return address
+
+    def take_blocks(self, size: int) -> int:
+        """The number of the first of as many new blocks as `size` bytes need."""
+        first = self.end // _BLOCK
+        self.end += -(-size // _BLOCK) * _BLOCK
+        return first
+
+
+class Shape(NamedTuple):
+    """How one inode is stored.
+
+    Attributes:
+        head: bytes of the inode itself: compact or extended.
+        layout: one of LAYOUT_*.
+        use: its xattrs, if any.
+        xattrs: bytes that these take.
+        size: what stat shows.
+        chunks: bytes of an object's chunk entries.
+        tail: bytes of data right behind all that.
+        blocks: data blocks elsewhere.
+    """
+
+    head: int
+    layout: int
+    use: Use | None
+    xattrs: int
+    size: int
+    chunks: int
+    tail: int
+    blocks: int
+
+
+class Layout:
+    """Where everything lies.
+
+    Attributes:
+        inodes: in the order of their places.
+        nids: their numbers, by `id`.
+        blocks: the first block of data that is not behind its inode, by `id`.
+        directories, files: the inodes with such data, in the order of their blocks.
+        has_chunks: whether any inode is chunk-based.
+        xattr_block: where the shared xattrs are.
+        image_blocks: the size of all.
+    """
+
+    def __init__(self, scan: Scan) -> None:
+        self.scan = scan
+        self.nids: dict[int, int] = {}
+        self.blocks: dict[int, int] = {}
+        self.directories: list[Inode] = []
+        self.files: list[Inode] = []
+        self.has_chunks = False
+        packer = Packer()
+        # The root comes before all else: the superblock has only 16 bits for its number.
+        self._place(packer, scan.inodes[:1])
+        self.xattr_block = packer.take_blocks(len(scan.xattrs.area))
+        self._place(packer, islice(scan.inodes, 1, None))
+        nids = self.nids
+        self.inodes = sorted(scan.inodes, key=lambda inode: nids[id(inode)])
+        for inode in (*self.directories, *self.files):
+            self.blocks[id(inode)] = packer.take_blocks(self.shape(inode).blocks * _BLOCK)
+        self.image_blocks = packer.end // _BLOCK
+        if self.image_blocks > _U32:
+            raise InvalidArgument("the map would be larger than 16 TiB", hint="keep large files as objects")
+
+    def _place(self, packer: Packer, inodes: Iterable[Inode]) -> None:
+        for inode in inodes:
+            try:
+                head, layout, _, xattrs, _, chunks, tail, blocks = self.shape(inode)
+            except InvalidArgument as error:
+                raise blame(self.scan.root, inode, str(error)) from None
+            self.nids[id(inode)] = packer.place(head + xattrs + chunks + tail) >> fmt.SLOT_BITS
+            self.has_chunks |= layout == fmt.LAYOUT_CHUNK
+            if blocks:
+                (self.files if inode.children is None else self.directories).append(inode)
+
+    def shape(self, inode: Inode) -> Shape:
+        """How to store `inode`.
+
+        Raises:
+            InvalidArgument: it is not what EROFS can store.
+        """
+        use = use_of(inode)
+        xattrs = len(self.scan.xattrs.body(use)) if use else 0
+        size = self._size(inode)
+        head = self._head(inode, size)
+        if use and use.kind == OBJECT:
+            chunks = -(-size >> fmt.MAX_CHUNK_BITS) * fmt.CHUNK_ENTRY.size
+            return Shape(head, fmt.LAYOUT_CHUNK, use, xattrs + REDIRECT_ENTRY_SIZE, size, chunks, 0, 0)
+        tail = size & _BLOCK - 1
+        if tail and head + xattrs + tail <= _BLOCK:
+            return Shape(head, fmt.LAYOUT_INLINE, use, xattrs, size, 0, tail, size >> fmt.BLOCK_BITS)
+        return Shape(head, fmt.LAYOUT_PLAIN, use, xattrs, size, 0, 0, -(-size >> fmt.BLOCK_BITS))
+
+    def _head(self, inode: Inode, size: int) -> int:
+        fits = (
+            inode.mtime_ns == self.scan.epoch
+            and inode.uid <= _U16
+            and inode.gid <= _U16
+            and size <= _U32
+            and self.scan.links.get(id(inode), 1) <= _U16
+        )
+        return fmt.COMPACT_INODE.size if fits else fmt.EXTENDED_INODE.size
+
+    def _size(self, inode: Inode) -> int:
+        kind = inode.mode >> 12
+        if kind == REG:
+            return _checked_file_size(inode)
+        if inode.content is not None or kind not in fmt.FILE_TYPES:
+            raise InvalidArgument(f"mode {inode.mode:#o} and content {inode.content!r:.80} do not fit")
+        if kind == DIR:
+            return self.scan.sizes[id(inode)]
+        if kind == LNK:
+            return _checked_target_size(inode)
+        return 0
+
+
+def use_of(inode: Inode) -> Use | None:
+    """What xattrs `inode` needs on disk."""
+    if type(inode.content) is bytes:
+        return Use(inode.xattrs, OBJECT) if inode.xattrs else _BARE_OBJECT
+    if inode.opaque and inode.children is not None:
+        return Use(inode.xattrs, OPAQUE) if inode.xattrs else _BARE_OPAQUE
+    return Use(inode.xattrs, PLAIN) if inode.xattrs else None
+
+
+def blame(root: Inode, culprit: Inode, why: str) -> InvalidArgument:
+    """The error that says which path is wrong."""
+    path = next(path for path, inode in walk(root) if inode is culprit)
+    return InvalidArgument(f"/{show(path)}: {why}")
+
+
+def show(name: bytes) -> str:
+    """A name or path for people, whatever bytes it has."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _checked_file_size(inode: Inode) -> int:
+    if not 0 <= inode.size <= MAX_FILE_SIZE:
+        raise InvalidArgument(f"a file of {inode.size} bytes", hint="at most 2**60")
+    if inode.size and inode.content is None:
+        raise InvalidArgument(f"a file of {inode.size} bytes, but without data")
+    return inode.size
+
+
+def _checked_target_size(inode: Inode) -> int:
+    if not 0 < len(inode.target) <= MAX_TARGET or b"\0" in inode.target:
+        raise InvalidArgument(f"a symlink's target of {len(inode.target)} bytes", hint=f"1 to {MAX_TARGET}, no NUL")
+    return len(inode.target)

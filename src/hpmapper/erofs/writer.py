@@ -1,0 +1,220 @@
+"""A tree becomes an EROFS image: uncompressed, 4 KiB blocks, the same bytes for the same tree.
+
+`plan.Scan` counts, `plan.Layout` places, and the emitter here writes everything by its place, so that the image
+leaves as one stream: inodes with their small data, then directories' further blocks, then files' further blocks.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_left
+from itertools import islice
+from typing import BinaryIO, cast
+
+from hpmapper.erofs import dirents
+from hpmapper.erofs import format as fmt
+from hpmapper.erofs.hashes import crc32c
+from hpmapper.erofs.inodes import MAX_ID, SECOND, encode_device
+from hpmapper.erofs.plan import BLK, CHR, LNK, Layout, Scan, Shape, blame
+from hpmapper.erofs.xattrs import body_count, redirect_entry
+from hpmapper.errors import Corrupt, InvalidArgument
+from hpmapper.model import ObjectDigest
+from hpmapper.tree import Inode
+
+_BLOCK = fmt.BLOCK
+_PIECE = 1 << 20
+_CHECKSUM_OFFSET = fmt.SUPERBLOCK_OFFSET + 4
+_NULL_CHUNK = fmt.CHUNK_ENTRY.pack(fmt.NULL_BLOCK)
+_VOLUME_NAME = b"hpmapper"
+
+
+def write_map(root: Inode, spool: BinaryIO, out: BinaryIO, *, uuid: bytes) -> int:
+    """Write the image of the tree `root` to `out` and return its size in bytes.
+
+    Data of a file whose `content` is a number is read from `spool` at that offset. `out` is only written to, in
+    pieces of about 1 MiB. The tree must not change meanwhile.
+
+    Raises:
+        InvalidArgument: the tree says what EROFS cannot hold; names the path.
+        Corrupt: the spool is shorter than the tree says.
+    """
+    layout = Layout(Scan(root))
+    sink = _Sink(out)
+    sink.write(bytes(fmt.SUPERBLOCK_OFFSET) + fmt.SUPERBLOCK.pack(*_superblock(layout, uuid)))
+    _Emitter(layout, spool, sink).emit()
+    return sink.finish()
+
+
+def _superblock(layout: Layout, uuid: bytes) -> fmt.Superblock:
+    if len(uuid) != 16:
+        raise InvalidArgument(f"a uuid has 16 bytes, not {len(uuid)}")
+    epoch, nsec = divmod(layout.scan.epoch, SECOND)
+    return fmt.Superblock(
+        feature_compat=fmt.COMPAT_SB_CHKSUM | fmt.COMPAT_MTIME | fmt.COMPAT_XATTR_FILTER,
+        root_nid=layout.nids[id(layout.scan.root)],
+        inodes=len(layout.inodes),
+        epoch=epoch,
+        fixed_nsec=nsec,
+        blocks=layout.image_blocks,
+        xattr_block=layout.xattr_block if layout.scan.xattrs.area else 0,
+        uuid=uuid,
+        volume_name=_VOLUME_NAME,
+        feature_incompat=fmt.INCOMPAT_CHUNKED_FILE if layout.has_chunks else 0,
+    )
+
+
+class _Sink:
+    """The image as far as it is written. Keeps about 1 MiB back, and puts the checksum into the first block."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._parts: list[bytes] = []
+        self._flushed = 0
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        self._parts.append(data)
+        self.size += len(data)
+        if self.size - self._flushed >= _PIECE:
+            self._flush()
+
+    def pad_to(self, address: int) -> None:
+        if address > self.size:
+            self.write(bytes(address - self.size))
+
+    def finish(self) -> int:
+        """Fill the last block; return the image's size."""
+        self.pad_to(-(-self.size // _BLOCK) * _BLOCK)
+        self._flush()
+        return self.size
+
+    def _flush(self) -> None:
+        data = b"".join(self._parts)
+        if not self._flushed:
+            sealed = fmt.CHUNK_ENTRY.pack(crc32c(data[fmt.SUPERBLOCK_OFFSET : _BLOCK]))
+            data = data[:_CHECKSUM_OFFSET] + sealed + data[_CHECKSUM_OFFSET + len(sealed) :]
+        self._out.write(data)
+        self._flushed = self.size
+        self._parts.clear()
+
+
+class _Emitter:
+    """Turns inodes into bytes; everything it needs has been found out."""
+
+    def __init__(self, layout: Layout, spool: BinaryIO, sink: _Sink) -> None:
+        self._layout = layout
+        self._scan = layout.scan
+        self._spool = spool
+        self._sink = sink
+
+    def emit(self) -> None:
+        """Write all that follows the superblock."""
+        inodes, nids = self._layout.inodes, self._layout.nids
+        area_at = self._layout.xattr_block * _BLOCK
+        before_area = bisect_left(inodes, area_at >> fmt.SLOT_BITS, key=lambda inode: nids[id(inode)])
+        self._emit_inodes(0, before_area)
+        self._sink.pad_to(area_at)
+        self._sink.write(self._scan.xattrs.area)
+        self._emit_inodes(before_area, len(inodes))
+        for directory in self._layout.directories:
+            self._emit_directory_blocks(directory)
+        for inode in self._layout.files:
+            self._emit_file_blocks(inode)
+
+    def _emit_inodes(self, start: int, end: int) -> None:
+        nids, sink = self._layout.nids, self._sink
+        for number, inode in enumerate(islice(self._layout.inodes, start, end), start + 1):
+            try:
+                record = self._record(inode, number)
+            except struct.error as error:
+                raise blame(self._scan.root, inode, f"a number is out of range: {error}") from None
+            except InvalidArgument as error:
+                raise blame(self._scan.root, inode, str(error)) from None
+            sink.pad_to(nids[id(inode)] << fmt.SLOT_BITS)
+            sink.write(record)
+
+    def _record(self, inode: Inode, number: int) -> bytes:
+        """An inode and all that comes right behind it."""
+        shape = self._layout.shape(inode)
+        parts = [self._inode(inode, shape, number)]
+        if shape.use:
+            parts.append(self._scan.xattrs.body(shape.use))
+        if shape.layout == fmt.LAYOUT_CHUNK:
+            parts.append(redirect_entry(cast("ObjectDigest", inode.content)))
+            parts.append(_NULL_CHUNK * (shape.chunks // len(_NULL_CHUNK)))
+        elif shape.tail:
+            parts.append(self._tail(inode, shape.tail))
+        return b"".join(parts)
+
+    def _inode(self, inode: Inode, shape: Shape, number: int) -> bytes:
+        form = shape.layout << fmt.LAYOUT_SHIFT
+        count = body_count(shape.xattrs)
+        links = self._scan.links.get(id(inode), 1)
+        union = self._union(inode, shape)
+        if shape.head == fmt.COMPACT_INODE.size:
+            return fmt.COMPACT_INODE.pack(
+                form, count, inode.mode, links, shape.size, 0,
+                union, number, inode.uid, inode.gid,
+            )  # fmt: skip
+        if inode.uid > MAX_ID or inode.gid > MAX_ID:
+            raise InvalidArgument(f"owner {inode.uid}:{inode.gid} is out of range", hint=f"0 to {MAX_ID}")
+        seconds, nsec = divmod(inode.mtime_ns, SECOND)
+        return fmt.EXTENDED_INODE.pack(
+            form | fmt.EXTENDED, count, inode.mode, shape.size,
+            union, number, inode.uid, inode.gid,
+            seconds, nsec, links,
+        )  # fmt: skip
+
+    def _union(self, inode: Inode, shape: Shape) -> int:
+        if shape.layout == fmt.LAYOUT_CHUNK:
+            return fmt.CHUNK_MAX_BITS
+        if shape.size:
+            return self._layout.blocks.get(id(inode), fmt.NULL_BLOCK)
+        return encode_device(inode.rdev) if inode.mode >> 12 in (CHR, BLK) else 0
+
+    def _tail(self, inode: Inode, size: int) -> bytes:
+        if inode.children is not None:
+            return self._last_directory_block(inode)
+        if inode.mode >> 12 == LNK:
+            return inode.target
+        return self._read(cast("int", inode.content) + inode.size - size, size)
+
+    def _last_directory_block(self, directory: Inode) -> bytes:
+        *_, last = dirents.split(directory.entries())
+        return self._directory_block(directory, last)
+
+    def _directory_block(self, directory: Inode, names: list[bytes]) -> bytes:
+        children, nids = directory.entries(), self._layout.nids
+        dots = {b".": directory, b"..": self._scan.parents[id(directory)]}
+        records = []
+        offset = len(names) * fmt.DIRENT.size
+        for name in names:
+            child = children.get(name) or dots[name]
+            records.append(fmt.DIRENT.pack(nids[id(child)], offset, fmt.FILE_TYPES[child.mode >> 12]))
+            offset += len(name)
+        return b"".join(records + names)
+
+    def _emit_directory_blocks(self, directory: Inode) -> None:
+        shape = self._layout.shape(directory)
+        address = self._layout.blocks[id(directory)] * _BLOCK
+        for names in islice(dirents.split(directory.entries()), shape.blocks):
+            self._sink.pad_to(address)
+            self._sink.write(self._directory_block(directory, names))
+            address += _BLOCK
+
+    def _emit_file_blocks(self, inode: Inode) -> None:
+        self._sink.pad_to(self._layout.blocks[id(inode)] * _BLOCK)
+        if inode.mode >> 12 == LNK:
+            self._sink.write(inode.target)
+            return
+        start = cast("int", inode.content)
+        end = start + inode.size - self._layout.shape(inode).tail
+        for offset in range(start, end, _PIECE):
+            self._sink.write(self._read(offset, min(_PIECE, end - offset)))
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._spool.seek(offset)
+        data = self._spool.read(size)
+        if len(data) != size:
+            raise Corrupt(f"the spool ends {size - len(data)} bytes short of offset {offset + size}")
+        return data
