@@ -105,6 +105,7 @@ class TarSource:
     def _seekable(self, raw: BinaryIO, compression: str) -> BinaryIO:
         if compression == "none":
             return raw
+        raw.seek(0)
         with codec.decompressed(raw, compression) as stream:
             return codec.spool(stream, self._spool, self._name)
 

@@ -181,13 +181,21 @@ class _Checked:
         self._left = layer.size
 
     def read(self, size: int, /) -> bytes:
-        chunk = self._stream.read(min(size, self._left))
-        if not chunk and self._left:
-            raise Corrupt(f"layer {self._layer.diff_id} ends {self._left} bytes early")
+        chunk = self._full(min(size, self._left))
         self._left -= len(chunk)
         self._hash.update(chunk)
         if self._progress:
             self._progress(len(chunk))
+        return chunk
+
+    def _full(self, size: int) -> bytes:
+        """Return exactly `size` bytes: tarfile takes a short read, as pipes give them, for the end."""
+        chunk = self._stream.read(size)
+        while len(chunk) < size:
+            more = self._stream.read(size - len(chunk))
+            if not more:
+                raise Corrupt(f"layer {self._layer.diff_id} ends {self._left - len(chunk)} bytes early")
+            chunk += more
         return chunk
 
     def finish(self) -> None:
