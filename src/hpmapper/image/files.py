@@ -191,6 +191,8 @@ def tar_members(stream: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
         with tarfile.TarFile(fileobj=cast(BinaryIO, headers), encoding="utf-8", errors="surrogateescape") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if member.size < 0:
+                    raise Corrupt(f"{name} has a member of negative size")
                 yield member
     except (tarfile.TarError, ValueError, IndexError) as error:
         raise Corrupt(f"{name} is not a readable tar archive: {error}") from error
