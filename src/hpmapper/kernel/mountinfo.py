@@ -1,4 +1,4 @@
-"""What is mounted where: statx(2) for one path, /proc/self/mountinfo for many."""
+"""What is mounted where: statx(2) for one path, mountinfo for many."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def is_mountpoint(path: AnyPath) -> bool:
 
 
 def mounts() -> list[Mount]:
-    """Everything mounted in this namespace, in the order of mounting."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    """Everything mounted in the calling thread's namespace, in the order of mounting."""
+    # Not /proc/self, which is the main thread's: a thread may have a namespace of its own.
+    with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         return [parse_mount(line) for line in lines]
 
 

@@ -1,8 +1,8 @@
-"""What this machine can do, found out by doing it in a scratch directory. Kernel versions are never asked: distributions
-carry features back and leave others out.
+"""What this machine can do, found out by doing it in a scratch directory.
 
-The probes run in a thread with a mount namespace of its own, so that nobody sees their mounts and none can stay; loop
-devices are such that the kernel frees them. Each takes milliseconds.
+Kernel versions are never asked: distributions carry features back and leave others out. The probes run in a thread with
+a mount namespace of its own, so that nobody sees their mounts and none can stay; loop devices are such that the kernel
+frees them. Each takes milliseconds.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _scratch(directory: Path) -> Iterator[Path]:
     finally:
         for below in mount.mounts_below(path):
             mount.umount(below.target, lazy=True)
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
 
 
 def _subdirectories(parent: Path, *names: str) -> list[Path]:

@@ -20,6 +20,7 @@ import uuid as uuids
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
@@ -222,7 +223,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise InvalidArgument(f"{text[:40]!r} is not a size", hint="a number and K, M, G, T or P: 100G, 1.5TiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(Fraction(match[1]) * _UNITS[match[2].upper()])
 
 
 def format_size(size: int) -> str:

@@ -1,0 +1,73 @@
+"""Kernel tests: real mounts and loop devices, in a mount namespace of their own, and nothing may stay behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpmapper.kernel import loop, mount
+from hpmapper.kernel.fscontext import MOUNT_ATTR_NOATIME
+from hpmapper.pool import filesystem
+from hpmapper.pool.base import MIB, PoolFs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("kernel"):
+            item.add_marker(pytest.mark.skip(reason="needs root: sudo pytest tests/kernel"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_mounts() -> None:
+    """No mount made here is seen outside, and all of them end with the test process. (Loop devices do not.)"""
+    if os.geteuid() == 0:
+        mount.private_namespace()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path, private_mounts: None) -> Iterator[None]:
+    """Fail a test that leaves a mount, or a loop device over one of its files; clean up after it in any case."""
+    before = {one.id for one in mount.mounts()}
+    yield
+    mounts = [one for one in reversed(mount.mounts()) if one.id not in before]
+    for one in mounts:
+        mount.umount(one.target, lazy=True)
+    loops = loops_over(tmp_path)
+    for device in loops:
+        loop.detach(device)
+    assert not mounts, f"mounts left: {[one.target for one in mounts]}"
+    assert not loops, f"loop devices left: {loops}"
+
+
+def loops_over(directory: Path) -> list[str]:
+    """Loop devices whose backing file lies (or lay) below `directory`. Other tests' devices are none of ours."""
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            backing = entry.read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
+            continue  # freed in between
+        if backing.startswith(f"{directory}/"):
+            found.append(f"/dev/{entry.parent.parent.name}")
+    return found
+
+
+@pytest.fixture
+def xfs(tmp_path: Path) -> Iterator[Path]:
+    """A mounted XFS with reflink."""
+    image, target = tmp_path / "xfs.img", tmp_path / "xfs"
+    target.mkdir()
+    image.touch()
+    os.truncate(image, 320 * MIB)
+    filesystem.make(PoolFs.XFS, image, "6ba7b810-9dad-11d1-80b4-00c04fd430c8")
+    with loop.attached(image, block_size=4096) as device:
+        # nouuid: several test processes may have such a file system mounted at once.
+        mount.filesystem("xfs", device, target, options={"nouuid": None}, attributes=MOUNT_ATTR_NOATIME)
+    yield target
+    for one in mount.mounts_below(target):
+        mount.umount(one.target)
