@@ -196,7 +196,7 @@ def change_files(root: Path) -> int:
         attributes = path.stat()
         path.write_bytes(path.read_bytes().translate(_NEXT_BYTE))
         path.chmod(attributes.st_mode)
-        os.utime(path, (attributes.st_mtime + 1, attributes.st_mtime + 1))
+        os.utime(path, (EPOCH, attributes.st_mtime - 1))
     return len(chosen)
 
 
