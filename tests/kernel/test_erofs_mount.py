@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 
 from hpmapper.erofs import overlay
 from hpmapper.tree import Inode, Xattrs, directory, walk, whiteout
-from strategies import EPOCH, SECOND, Sample, object_file, samples, symlink
+from tests.strategies import EPOCH, SECOND, Sample, object_file, samples, symlink
 
 pytestmark = [
     pytest.mark.kernel,

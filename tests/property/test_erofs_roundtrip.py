@@ -14,7 +14,7 @@ from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
 from hpmapper.errors import Corrupt
 from hpmapper.tree import Inode, walk
-from strategies import UUID, Sample, fsck, map_facts, reseal, samples
+from tests.strategies import UUID, Sample, fsck, map_facts, reseal, samples
 
 _slow_is_fine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 

@@ -1,0 +1,1 @@
+"""A package only so that tests can share `tests.strategies`."""
