@@ -4,7 +4,8 @@
     path       mode   links owner mtime          what, and what belongs to it; xattrs
 
 A further name of a file is "= " and its first. Bytes that are not printable ASCII, and space, "\\" and "=", are
-written \\xNN. Nothing depends on where things lie in the image.
+written \\xNN. Times before 1970 count seconds down and nanoseconds up, as in struct timespec. Nothing depends on
+where things lie in the image.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Superblock(NamedTuple):
     build_time: int = 0
 
 
-SUPERBLOCK = Struct("<IIIBBH Qq IIII 16s 16s IHHHBBI QB3x4x I12x".replace(" ", ""))
+SUPERBLOCK = Struct("<IIIBBH Qq IIII 16s 16s IHHHBBI QB3x4x I12x")
 
 # i_format: bit 0 = extended, bits 1-3 = where the data is.
 EXTENDED = 1

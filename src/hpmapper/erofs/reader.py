@@ -91,6 +91,10 @@ class Map:
             inode = self.inode(nid)
         return inode
 
+    def names(self, directory: MapInode) -> list[bytes]:
+        """The names in one directory, sorted; cheaper than `children`."""
+        return [entry.name for entry in self.entries(directory) if entry.name not in DOTS]
+
     def children(self, directory: MapInode) -> dict[bytes, MapInode]:
         """The entries of one directory. Two names of one file are two objects here, unlike in `tree`."""
         return {entry.name: self.inode(entry.nid) for entry in self.entries(directory) if entry.name not in DOTS}
@@ -144,7 +148,8 @@ class Map:
         return inode
 
     def entries(self, directory: MapInode) -> Iterator[Dirent]:
-        """A directory's entries in order, the dots among them."""
+        """A directory's entries in order, the dots among them; raises for anything else."""
+        directory.entries()
         last = b""
         for index in range(-(-directory.length // _BLOCK)):
             for entry in self._parsed(directory, index):

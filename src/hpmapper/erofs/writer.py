@@ -73,18 +73,22 @@ class _Sink:
         self.size = 0
 
     def write(self, data: bytes) -> None:
+        """Add `data` right behind what there is."""
         self._parts.append(data)
         self.size += len(data)
         if self.size - self._flushed >= _PIECE:
             self._flush()
 
-    def pad_to(self, address: int) -> None:
+    def write_at(self, address: int, data: bytes) -> None:
+        """Add `data` at `address`, and zeros up to there."""
         if address > self.size:
-            self.write(bytes(address - self.size))
+            self._parts.append(bytes(address - self.size))
+            self.size = address
+        self.write(data)
 
     def finish(self) -> int:
         """Fill the last block; return the image's size."""
-        self.pad_to(-(-self.size // _BLOCK) * _BLOCK)
+        self.write_at(-(-self.size // _BLOCK) * _BLOCK, b"")
         self._flush()
         return self.size
 
@@ -113,8 +117,7 @@ class _Emitter:
         area_at = self._layout.xattr_block * _BLOCK
         before_area = bisect_left(inodes, area_at >> fmt.SLOT_BITS, key=lambda inode: nids[id(inode)])
         self._emit_inodes(0, before_area)
-        self._sink.pad_to(area_at)
-        self._sink.write(self._scan.xattrs.area)
+        self._sink.write_at(area_at, self._scan.xattrs.area)
         self._emit_inodes(before_area, len(inodes))
         for directory in self._layout.directories:
             self._emit_directory_blocks(directory)
@@ -130,8 +133,7 @@ class _Emitter:
                 raise blame(self._scan.root, inode, f"a number is out of range: {error}") from None
             except InvalidArgument as error:
                 raise blame(self._scan.root, inode, str(error)) from None
-            sink.pad_to(nids[id(inode)] << fmt.SLOT_BITS)
-            sink.write(record)
+            sink.write_at(nids[id(inode)] << fmt.SLOT_BITS, record)
 
     def _record(self, inode: Inode, number: int) -> bytes:
         """An inode and all that comes right behind it."""
@@ -186,11 +188,12 @@ class _Emitter:
     def _directory_block(self, directory: Inode, names: list[bytes]) -> bytes:
         children, nids = directory.entries(), self._layout.nids
         dots = {b".": directory, b"..": self._scan.parents[id(directory)]}
+        pack, types = fmt.DIRENT.pack, fmt.FILE_TYPES
         records = []
         offset = len(names) * fmt.DIRENT.size
         for name in names:
             child = children.get(name) or dots[name]
-            records.append(fmt.DIRENT.pack(nids[id(child)], offset, fmt.FILE_TYPES[child.mode >> 12]))
+            records.append(pack(nids[id(child)], offset, types[child.mode >> 12]))
             offset += len(name)
         return b"".join(records + names)
 
@@ -198,12 +201,11 @@ class _Emitter:
         shape = self._layout.shape(directory)
         address = self._layout.blocks[id(directory)] * _BLOCK
         for names in islice(dirents.split(directory.entries()), shape.blocks):
-            self._sink.pad_to(address)
-            self._sink.write(self._directory_block(directory, names))
+            self._sink.write_at(address, self._directory_block(directory, names))
             address += _BLOCK
 
     def _emit_file_blocks(self, inode: Inode) -> None:
-        self._sink.pad_to(self._layout.blocks[id(inode)] * _BLOCK)
+        self._sink.write_at(self._layout.blocks[id(inode)] * _BLOCK, b"")
         if inode.mode >> 12 == LNK:
             self._sink.write(inode.target)
             return
