@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from tests.strategies import EPOCH, SECOND, Sample, object_file, samples, symlink
 
 from hpmapper.erofs import overlay
 from hpmapper.tree import Inode, Xattrs, directory, walk, whiteout
-from tests.strategies import EPOCH, SECOND, Sample, object_file, samples, symlink
 
 pytestmark = [
     pytest.mark.kernel,
