@@ -72,10 +72,22 @@ class Engine:
 
     def close(self) -> None:
         """End the session; nothing is unmounted."""
+        self._end_session()
+        self.db.close()
+
+    def detach(self) -> None:
+        """Give up devices and mounts until the root is opened again.
+
+        Raises:
+            FailedPrecondition: a container is in use.
+        """
+        self._end_session()
+        self.driver.detach()
+
+    def _end_session(self) -> None:
         if self._session:
             self._session.close()
             self._session = None
-        self.db.close()
 
     # Layers in.
 
@@ -96,6 +108,10 @@ class Engine:
             return Taken(known, None)
         with open_blob() as blob:
             return self.ingest(parent, blob, expect, lease, progress)
+
+    def finish(self, top: Snapshot) -> None:
+        """An image's layers are complete: make ready what its containers would wait for."""
+        self.driver.finish(self._chain(top))
 
     @contextmanager
     def lease(self) -> Iterator[str]:
@@ -154,9 +170,7 @@ class Engine:
         snapshots.committed(transaction, snapshot, key, layer)
         return snapshot
 
-    def _record(
-        self, parent: Snapshot | None, snapshot: SnapshotId, facts: Ingested, lease: str | None
-    ) -> Snapshot:
+    def _record(self, parent: Snapshot | None, snapshot: SnapshotId, facts: Ingested, lease: str | None) -> Snapshot:
         """Make an ingested layer exist; or take the one that somebody else finished first, healing it if need be."""
         key = chain_id(parent.key if parent else None, facts.digests.diff_id)
         layer = Layer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import BinaryIO, Protocol
 
 from hpmapper import faults
 from hpmapper.engine import Engine, Taken
-from hpmapper.errors import Corrupt, InvalidArgument, NotFound
+from hpmapper.errors import InvalidArgument, NotFound
 from hpmapper.image import oci, reference
 from hpmapper.image.opening import SourceOptions, open_source
 from hpmapper.image.save import SavedImage, SavedLayer
@@ -77,6 +78,8 @@ class Images:
             watcher.layer_done(number, taken)
             layers.append(taken)
             parent = taken.snapshot
+        if parent is not None:
+            self._engine.finish(parent)
         unpacked = [self._unpacked(taken.snapshot) for taken in layers]
         final = image.finish(unpacked)
         row = self.record(final.config_bytes, parent, sum(layer.size for layer in unpacked), names)
@@ -111,7 +114,9 @@ class Images:
         if by_id:
             found = meta.images_by_prefix(self._db, by_id[1])
             if len(found) > 1:
-                raise InvalidArgument(f"{len(found)} images have ids that begin with {by_id[1]}", hint="give more of it")
+                raise InvalidArgument(
+                    f"{len(found)} images have ids that begin with {by_id[1]}", hint="give more of it"
+                )
             if found:
                 return found[0]
         row = meta.image_by_name(self._db, reference.normalised(name))
@@ -196,7 +201,5 @@ def _expected(blob: LayerBlob) -> Expected:
 
 def _tar_directory(directory: Path, out: BinaryIO) -> None:
     """Write a root file system's directory as a layer tar."""
-    import os
-
     top = os.fsencode(directory)
-    write_tar(scan(top, overlay=False), lambda path: open(top + b"/" + path, "rb"), out)
+    write_tar(scan(top, overlay=False), lambda path: (directory / os.fsdecode(path)).open("rb"), out)

@@ -11,6 +11,7 @@ Lifecycle, by two examples
 
         driver.ingest(1, [], blob, work)            layer 1: the tar becomes storage; durable when it returns
         driver.ingest(2, [1], blob, work)           layer 2, on top of layer 1
+        driver.finish([2, 1])                       the image is complete
         driver.prepare(3, [2, 1])                   snapshot 3: an empty writable place above both
         root = driver.mount(3, [2, 1])              the container's root file system, at a path
         …                                           the container runs
@@ -139,6 +140,9 @@ class Driver(Protocol):
             Corrupt: the blob is damaged, or not what `expect` says. InvalidArgument: it is hostile. NoSpace: no room.
             In each case nothing of it is left (but perhaps in `work`).
         """
+
+    def finish(self, chain: Chain) -> None:
+        """An image's last layer is in: make ready what its containers would wait for. `prepare` does it if need be."""
 
     def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
         """Make a place for a container's changes on top of a chain (which may be empty)."""

@@ -1,14 +1,21 @@
-"""The flagship driver: one EROFS map per layer, one store of objects for all, copy-on-write by extents.
+"""The flagship driver: maps in EROFS, one store of objects for all, copy-on-write by extents.
 
     o/ab/cdef…      objects                                   (hpmapper.store.objects)
     l/ID/map        a layer's map                             (hpmapper.erofs)
     l/ID/tar        how to make its tar again                 (hpmapper.layer.recipe)
-    l/ID/m          where its map is mounted, once for all containers, so that they share its cached pages
+    i/NAME/map      an image's map: its layers' maps merged   (hpmapper.layer.merge)
+    i/NAME/chain    its layers' numbers, nearest first
+    */m             where a map is mounted, once for all containers, so that they share its cached pages
     a/ID/u, w, m    a snapshot's upper, work and merged directories
     t/              unfinished things
 
-A container's root is one overlay: upper u, lowers l/ID/m of its chain, and o as the data-only layer into which the
-maps' large files redirect. u and o are on one reflink file system, so a copy-up clones extents.
+A container's root is one overlay: upper u, the image's map as the only lower (an image of one layer has the layer's),
+and o as the data-only layer into which the map's large files redirect. u and o are on one reflink file system, so a
+copy-up clones extents.
+
+Why one map per image: overlayfs follows a redirect out of any lower but the last only with metacopy=on ("refusing to
+follow metacopy origin", seen on 6.18), which would leave metadata-only copies in the uppers (design trap 2); and a
+lookup in one lower is cheaper than in many. Measured: docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -31,13 +38,14 @@ from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
 from hpmapper.kernel import lock, mount, sync
 from hpmapper.layer.build import Below, LayerBuilder
+from hpmapper.layer.merge import merge
 from hpmapper.layer.merged import Merged
 from hpmapper.layer.recipe import RecipeWriter, replay
 from hpmapper.layer.stream import Digests, Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId, Space
 from hpmapper.pool.base import Pool
 from hpmapper.store.objects import ObjectStore, Staging
-from hpmapper.store.workspace import discard
+from hpmapper.store.workspace import discard, workspace
 from hpmapper.tree import Inode
 
 INLINE_BELOW = 4096
@@ -53,7 +61,7 @@ class HpmapperDriver(UpperDriver):
         copies_extents=True,
         shares_cache=True,
         changes_from_upper=True,
-        max_layers=498,  # overlayfs stacks 500; one is the objects, one a view's own
+        max_layers=1 << 16,  # merged, not stacked
         mounts=True,
     )
 
@@ -65,14 +73,15 @@ class HpmapperDriver(UpperDriver):
 
     def attach(self) -> None:
         self._pool.attach()
-        self._make_home("o")
+        self._make_home("o", "i")
 
     def detach(self) -> None:
         if not mount.is_mountpoint(self.home):
             return
         self._detach_snapshots()
-        for entry in os.scandir(self.home / "l"):
-            unmount_path(Path(entry.path) / "m")
+        for place in ("i", "l"):
+            for entry in os.scandir(self.home / place):
+                unmount_path(Path(entry.path) / "m")
         self._pool.detach()
 
     def pin(self) -> AbstractContextManager[object]:
@@ -86,7 +95,7 @@ class HpmapperDriver(UpperDriver):
         with Staging(self._objects, work, self._inline_below) as staging, _no_cycle_collection():
             builder, digests = self._read(blob, chain, made / "tar", staging, progress)
             expect.verify(digests)
-            map_digest, map_size = _write_map(builder.root, staging.spool, made / "map", digests.diff_id)
+            map_digest, map_size = _write_map(builder.root, staging.spool, made / "map", digests.diff_id[7:39])
             faults.point("ingest.map-written")
             sync.syncfs(work)
             faults.point("ingest.synced")
@@ -112,7 +121,35 @@ class HpmapperDriver(UpperDriver):
         with (self._layer(layer) / "tar").open("rb") as recipe:
             yield from replay(recipe, lambda name: self._objects.open(ObjectDigest(name)))
 
+    def finish(self, chain: Chain) -> None:
+        if len(chain) > 1 and not (self._image(chain) / "map").exists():
+            self._merge(chain)
+
+    def _merge(self, chain: Chain) -> None:
+        """Make the image's map. It can be made again from the layers' maps at any time, so nothing records it."""
+        image = self._image(chain)
+        with workspace(self.scratch) as work, _no_cycle_collection():
+            made = work / "image"
+            (made / "m").mkdir(mode=0o700, parents=True)
+            (made / "chain").write_text(_chain_text(chain))
+            with (work / "spool").open("w+b") as spool:
+                trees = (self._tree(layer, spool) for layer in reversed(chain))
+                _write_map(merge(trees), spool, made / "map", image.name)
+            sync.syncfs(work)
+            try:
+                sync.rename_noreplace(made, image)
+            except FileExistsError:
+                pass  # another process was first
+        faults.point("finish.merged")
+
+    def _tree(self, layer: SnapshotId, spool: BinaryIO) -> Inode:
+        with Map.open(self._layer(layer) / "map") as map_file:
+            return map_file.tree(spool)
+
     def remove_layer(self, layer: SnapshotId) -> None:
+        for image in self._images_with(layer):
+            unmount_path(image / "m")
+            discard(image, self.scratch)
         unmount_path(self._layer(layer) / "m")
         discard(self._layer(layer), self.scratch)
 
@@ -143,12 +180,23 @@ class HpmapperDriver(UpperDriver):
             return f"has {found} bytes instead of {size}"
         return None if self._objects.verify(digest) else "has other data than its name says"
 
-    def _lowers(self, chain: Chain) -> list[Path]:
-        return [self._mounted(layer) for layer in chain]
+    def _image(self, chain: Chain) -> Path:
+        """Where the map of a whole chain is."""
+        if len(chain) == 1:
+            return self._layer(chain[0])
+        return self.home / "i" / blake3(_chain_text(chain).encode("ascii")).hexdigest(length=16)
 
-    def _mounted(self, layer: SnapshotId) -> Path:
-        """Where the layer's map is mounted; mounts it if it is not."""
-        path = self._layer(layer)
+    def _images_with(self, layer: SnapshotId) -> list[Path]:
+        paths = [Path(entry.path) for entry in os.scandir(self.home / "i")]
+        return [path for path in paths if str(layer) in (path / "chain").read_text().split(",")]
+
+    def _lowers(self, chain: Chain) -> list[Path]:
+        self.finish(chain)
+        return [self._mounted(self._image(chain))] if chain else []
+
+    @staticmethod
+    def _mounted(path: Path) -> Path:
+        """Where the map in the directory `path` is mounted; mounts it if it is not."""
         target = path / "m"
         if not mount.is_mountpoint(target):
             with lock.exclusive(path):
@@ -160,14 +208,20 @@ class HpmapperDriver(UpperDriver):
         return self._objects.directory
 
     def _below(self, chain: Chain) -> Below:
-        return Merged([_LazyMap(self._layer(layer) / "map", self._objects) for layer in chain])
+        image = self._image(chain) / "map"
+        maps = [image] if image.exists() else [self._layer(layer) / "map" for layer in chain]
+        return Merged([_LazyMap(path, self._objects) for path in maps])
 
 
-def _write_map(root: Inode, spool: BinaryIO, path: Path, diff_id: str) -> tuple[bytes, int]:
-    """Write a layer's map; returns its digest and its size in bytes."""
+def _chain_text(chain: Chain) -> str:
+    return ",".join(map(str, chain))
+
+
+def _write_map(root: Inode, spool: BinaryIO, path: Path, uuid: str) -> tuple[bytes, int]:
+    """Write a map; returns its digest and its size in bytes."""
     with path.open("w+b") as out:
         spool.flush()
-        size = write_map(root, spool, out, uuid=bytes.fromhex(diff_id.removeprefix("sha256:")[:32]))
+        size = write_map(root, spool, out, uuid=bytes.fromhex(uuid))
     return _file_digest(path), size
 
 

@@ -1,9 +1,9 @@
-"""Which drivers there are, which work here, and which one a root uses."""
+"""Which drivers there are, whether each works on this host, and how one is made."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +11,114 @@ from hpmapper.drivers.base import Driver, Verdict
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.drivers.vfs import VfsDriver
-from hpmapper.kernel.probe import Host
+from hpmapper.errors import InvalidArgument, Unsupported
+from hpmapper.kernel.probe import Feature, probe_all
 from hpmapper.pool import open_pool
-from hpmapper.pool.base import PoolConfig
+from hpmapper.pool.base import PoolConfig, PoolKind
 
-Options = Mapping[str, str]
+POOL_OPTIONS = ("pool.kind", "pool.size", "pool.device", "pool.directory", "pool.fs", "min_free_space")
+"""Options that every driver takes; those of the pool count for a driver that needs one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A driver by name: how it is made, and whether it would work on this host."""
+    """A driver by name.
+
+    Attributes:
+        make: builds it for a root directory; the pool is for those that need one.
+        options: names of its own storage options.
+        needs: features of the host (hpmapper.kernel.probe), tried on a scratch directory in the root; of a group of
+            several, one is enough.
+    """
 
     name: str
     make: Callable[[Path, PoolConfig], Driver]
-    probe: Callable[[Path], Verdict]
+    needs: tuple[tuple[str, ...], ...]
+    options: tuple[str, ...] = ()
     needs_pool: bool = False
+
+
+DRIVERS = (
+    Registered(
+        "hpmapper",
+        lambda root, pool: HpmapperDriver(open_pool(root, pool)),
+        needs=(
+            ("mounting",),
+            ("overlay-data-only", "overlay-data-only-metacopy"),
+            ("erofs-file", "erofs-loop"),
+            ("trusted-xattr",),
+        ),
+        needs_pool=True,
+    ),
+    Registered(
+        "overlay",
+        lambda root, pool: OverlayDriver(root / "overlay"),
+        needs=(("mounting",), ("overlay",), ("d_type",), ("trusted-xattr",)),
+    ),
+    Registered("vfs", lambda root, pool: VfsDriver(root / "vfs"), needs=()),
+)
+"""In the order in which they are preferred."""
+
+
+def by_name(name: str) -> Registered:
+    """The driver of that name; Docker's names for ours are taken too.
+
+    Raises:
+        InvalidArgument: there is none; the hint has the nearest.
+    """
+    name = {"overlay2": "overlay"}.get(name, name)
+    for registered in DRIVERS:
+        if registered.name == name:
+            return registered
+    raise InvalidArgument(f"there is no storage driver {name!r}", hint=nearest(name, [each.name for each in DRIVERS]))
+
+
+def probe(registered: Registered, directory: Path, pool: PoolConfig) -> Verdict:
+    """Try on this host what a driver needs; `directory` is where its data would lie."""
+    wanted = [name for group in registered.needs for name in group]
+    seen = {feature.name: feature for feature in probe_all(directory, wanted)}
+    if registered.needs_pool:
+        seen |= _pool_features(directory, pool)
+    missing = [group for group in _groups(registered, pool) if not any(seen[name].available for name in group)]
+    if not missing:
+        return Verdict(True, "all it needs was tried and works")
+    first = seen[missing[0][0]]
+    return Verdict(False, f"{first.name}: {first.detail}" + (f"; {first.how}" if first.how else ""))
+
+
+def _groups(registered: Registered, pool: PoolConfig) -> list[tuple[str, ...]]:
+    groups = list(registered.needs)
+    if registered.needs_pool:
+        groups.append(
+            {PoolKind.LOOP: ("loop-direct-io",), PoolKind.DIRECTORY: ("reflink",)}.get(pool.kind, ("mounting",))
+        )
+    return groups
+
+
+_POOL_NEEDS = {
+    PoolKind.LOOP: ("loop-direct-io",),
+    PoolKind.DIRECT: ("mounting",),
+    PoolKind.DIRECTORY: ("reflink",),
+}
+
+
+def _pool_features(directory: Path, pool: PoolConfig) -> dict[str, Feature]:
+    place = pool.directory if pool.kind is PoolKind.DIRECTORY and pool.directory else directory
+    return {feature.name: feature for feature in probe_all(place, ["loop-direct-io", "reflink"])}
+
+
+def choose(directory: Path, pool: PoolConfig) -> tuple[Registered, Mapping[str, Verdict]]:
+    """The first driver that works here, and the verdicts on it and those before it."""
+    verdicts: dict[str, Verdict] = {}
+    for registered in DRIVERS:
+        verdicts[registered.name] = probe(registered, directory, pool)
+        if verdicts[registered.name].works:
+            return registered, verdicts
+    raise Unsupported("no storage driver works here", hint="hpmapper doctor says what is missing")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names what was probably meant, or all there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"

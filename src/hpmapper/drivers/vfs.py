@@ -98,6 +98,9 @@ class VfsDriver:
         top = self._snapshot(snapshot) / "m"
         write_tar(self._changed(snapshot, chain), lambda path: (top / os.fsdecode(path)).open("rb"), out)
 
+    def finish(self, chain: Chain) -> None:
+        """Every layer is ready as it is."""
+
     def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
         return directory.read_tar(self._layer(layer))
 

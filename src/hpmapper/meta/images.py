@@ -42,9 +42,7 @@ def add_image(db: Transaction, image_id: str, config: bytes, top: SnapshotId | N
         NotFound: its top layer was collected meanwhile.
     """
     try:
-        db.execute(
-            "INSERT OR IGNORE INTO image VALUES (?, ?, ?, ?, ?)", (image_id, config, top, size, time.time_ns())
-        )
+        db.execute("INSERT OR IGNORE INTO image VALUES (?, ?, ?, ?, ?)", (image_id, config, top, size, time.time_ns()))
     except sqlite3.IntegrityError:
         raise NotFound(f"the layers of image {image_id} were removed meanwhile", hint="try again") from None
 

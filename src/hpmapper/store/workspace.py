@@ -89,6 +89,16 @@ def _locked_if_dead(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
+@contextmanager
+def workspace(scratch: Path) -> Iterator[Path]:
+    """A workspace's directory for one operation."""
+    own = Workspace(scratch)
+    try:
+        yield own.path
+    finally:
+        own.close()
+
+
 def discard(path: Path, scratch: Path) -> None:
     """Remove the tree at `path`, if there is one.
 
@@ -97,15 +107,13 @@ def discard(path: Path, scratch: Path) -> None:
     Raises:
         FailedPrecondition: something is mounted in it.
     """
-    workspace = Workspace(scratch)
-    try:
-        path.rename(workspace.path / "0")
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise FailedPrecondition(f"{path} cannot be removed: {error.strerror}", hint="is it mounted?") from error
-    finally:
-        workspace.close()
+    with workspace(scratch) as grave:
+        try:
+            path.rename(grave / "0")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise FailedPrecondition(f"{path} cannot be removed: {error.strerror}", hint="is it mounted?") from error
 
 
 def remove_tree(top: Path) -> None:
