@@ -147,6 +147,19 @@ class Engine:
                 found = self._record(parent, snapshot, facts, lease)
         return Taken(found, facts)
 
+    def rebuild(self, layer: Layer) -> None:
+        """Make a layer's storage again from its own tar, and let everything that has the layer use the new one.
+
+        Raises:
+            Corrupt: the tar cannot be made either. The old storage stays as it is.
+        """
+        row = snapshots.any_user(self.db, layer.id)
+        parent = snapshots.by_id(self.db, row.parent) if row and row.parent is not None else None
+        with piped(lambda out: out.writelines(self.driver.read_tar(layer.id))) as tar:
+            with self.db.transaction() as transaction:
+                snapshots.mark_damaged(transaction, layer.id)  # so that the new one is taken for its healing
+            self.ingest(parent, tar, Expected(diff_id=layer.diff_id))
+
     def _known_layer(self, parent: Snapshot | None, diff_id: str, lease: str | None) -> Snapshot | None:
         key = chain_id(parent.key if parent else None, diff_id)
         with self.db.transaction() as transaction:

@@ -4,9 +4,13 @@ A private containerd runs out of a Debian tree, in a mount namespace of its own,
 socket. The image's blobs are put into its content store first; what is timed is one `ctr snapshots unpack`, from
 blobs to committed snapshots, starting each time from no snapshots and from blobs in the page cache.
 
-    with loop_xfs(work / "xfs.img", work / "xfs", gib=8) as root, Containerd(chroot, work, root) as peer:
-        peer.import_layout(layout)
-        peer.unpack("overlayfs")              # Run(wall=…, cpu=…, sync=…)
+    with loop_xfs(work / "xfs.img", work / "xfs", gib=16) as root, Containerd(chroot, work, root) as peer:
+        peer.unpack(layout, "overlayfs")      # Run(wall=…, cpu=…, sync=…)
+
+Every unpack has a containerd namespace of its own, so that nothing need be removed in between: for five minutes
+after a file's removal ext4 steps around its inode (`recently_deleted` in fs/ext4/ialloc.c), one inode at a time,
+and an overlayfs unpack after the removal of the last one was seen to take 8 to 14 s instead of 5. Hence also: on
+ext4, leave five minutes between two measurements.
 
 `python -m hpmapper.bench.peers --image LAYOUT --work DIR --chroot DIR` prints a table.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -30,8 +35,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hpmapper.bench.images import CHUNK, debootstrap, run
-from hpmapper.errors import FailedPrecondition, NotFound, Unsupported
+from hpmapper.bench.images import CHUNK, debootstrap, layer_blobs, run
+from hpmapper.errors import FailedPrecondition, HpmapperError, NotFound, Unsupported
 
 SNAPSHOTTERS = ("overlayfs", "erofs")
 
@@ -45,9 +50,10 @@ START_TIMEOUT = 30.0
 
 # Inside the tree: the work directory is at /mnt, the file system under test at /srv, /run is a tmpfs. The short
 # paths keep sockets within 108 bytes wherever the work directory is.
+_ROOT = "hpmapper-bench-containerd"
 _CONFIG = """\
 version = 3
-root = "/srv/containerd"
+root = "/srv/{name}"
 state = "/run/containerd"
 disabled_plugins = [
   "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri",
@@ -133,12 +139,15 @@ class Containerd:
         self._chroot = chroot.resolve()
         self._environment = "" if igzip else "CONTAINERD_DISABLE_IGZIP=1"
         self._process: subprocess.Popen[bytes] | None = None
-        self._digest = ""
+        self._data = self.root / _ROOT
+        self._namespaces = itertools.count(1)
 
     def __enter__(self) -> Self:
         self.work.mkdir(parents=True, exist_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.work / "containerd.toml").write_text(_CONFIG)
+        if self._data.exists():
+            raise FailedPrecondition(f"{self._data} is there already", hint="left by a killed run? remove it")
+        (self.work / "containerd.toml").write_text(_CONFIG.replace("{name}", self._data.name))
         places = {"chroot": self._chroot, "work": self.work, "root": self.root}
         quoted = {name: shlex.quote(str(path)) for name, path in places.items()}
         script = _ENTER.format_map(quoted | {"environment": self._environment})
@@ -167,7 +176,7 @@ class Containerd:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        shutil.rmtree(self.root / "containerd", ignore_errors=True)
+        shutil.rmtree(self._data, ignore_errors=True)
 
     @property
     def pid(self) -> int:
@@ -175,66 +184,57 @@ class Containerd:
             raise FailedPrecondition("containerd is not running")
         return self._process.pid
 
-    def ctr(self, *arguments: str) -> str:
-        """Run the client beside its daemon."""
-        return run(self._client(*arguments))
-
-    def import_layout(self, layout: Path) -> None:
-        """Put an OCI layout directory into the content store, and unpack nothing."""
-        with subprocess.Popen(["tar", "-C", str(layout), "-cf", "-", "."], stdout=subprocess.PIPE) as archive:
-            client = self._client("images", "import", "--no-unpack", "-")
-            done = subprocess.run(client, stdin=archive.stdout, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Unsupported(f"containerd cannot import {layout}: {done.stderr.strip()}")
-        self._digest = json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"]
-
-    def unpack(self, snapshotter: str) -> Run:
-        """Unpack the image once, from no snapshots and warm blobs."""
-        self.clear(snapshotter)
+    def unpack(self, layout: Path, snapshotter: str) -> Run:
+        """Unpack an OCI layout's image once, from no snapshots and warm blobs."""
+        namespace = f"run{next(self._namespaces)}"
+        digest = self._import(layout, namespace)
         self._warm()
         os.sync()
+        command = self._client(namespace, "snapshots", "unpack", "--snapshotter", snapshotter, digest)
         daemon, start = _cpu_seconds(self.pid), time.perf_counter()
-        client = _timed(self._client("snapshots", "unpack", "--snapshotter", snapshotter, self._digest))
+        client = _timed(command)
         wall, cpu = time.perf_counter() - start, _cpu_seconds(self.pid) - daemon + client
-        if not self._snapshots(snapshotter):
-            raise Unsupported(f"containerd unpacked nothing with {snapshotter}")
+        self._check(layout, namespace, snapshotter)
         start = time.perf_counter()
         run(["sync", "--file-system", str(self.root)])
         return Run(wall, cpu, time.perf_counter() - start)
 
-    def helpers(self, snapshotter: str) -> dict[str, str]:
+    def helpers(self, layout: Path, snapshotter: str) -> dict[str, str]:
         """The programs that containerd starts while it unpacks, with their command lines: an untimed run."""
         seen: dict[str, str] = {}
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(self.pid, done, seen))
         watcher.start()
         try:
-            self.unpack(snapshotter)
+            self.unpack(layout, snapshotter)
         finally:
             done.set()
             watcher.join()
         return seen
-
-    def clear(self, snapshotter: str) -> None:
-        """Remove every snapshot, children first."""
-        while parents := self._snapshots(snapshotter):
-            leaves = parents.keys() - set(parents.values())
-            self.ctr("snapshots", "--snapshotter", snapshotter, "rm", *sorted(leaves))
 
     def versions(self) -> dict[str, str]:
         """Versions of what is measured, as Debian's package names them."""
         text = run(["dpkg-query", f"--admindir={self._chroot}/var/lib/dpkg", "--show", *PACKAGES[:4]])
         return dict(line.split("\t") for line in text.splitlines())
 
-    def _client(self, *arguments: str) -> list[str]:
+    def _client(self, namespace: str, *arguments: str) -> list[str]:
         enter = ["nsenter", f"--target={self.pid}", "--mount", "--root", "--wd=/"]
-        return [*enter, "ctr", "--address=/run/containerd.sock", *arguments]
+        return [*enter, "ctr", "--address=/run/containerd.sock", f"--namespace={namespace}", *arguments]
+
+    def _import(self, layout: Path, namespace: str) -> str:
+        """Put the blobs into the content store, which holds each once; unpack nothing; return the image's digest."""
+        client = self._client(namespace, "images", "import", "--no-unpack", "-")
+        with subprocess.Popen(["tar", "-C", str(layout), "-cf", "-", "."], stdout=subprocess.PIPE) as archive:
+            done = subprocess.run(client, stdin=archive.stdout, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Unsupported(f"containerd cannot import {layout}: {done.stderr.strip()}")
+        return str(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while True:
             try:
-                self.ctr("version")
+                run(self._client("default", "version"))
                 return
             except Unsupported as error:
                 ended = self._process is None or self._process.poll() is not None
@@ -243,14 +243,15 @@ class Containerd:
                     raise Unsupported(f"containerd did not start: {' '.join(last)}") from error
             time.sleep(0.1)
 
-    def _snapshots(self, snapshotter: str) -> Mapping[str, str]:
-        """Each snapshot's parent, "" at the bottom."""
-        rows = self.ctr("snapshots", "--snapshotter", snapshotter, "ls").splitlines()[1:]
-        fields = [row.split() for row in rows]  # key, parent (may be empty), kind
-        return {row[0]: row[1] if len(row) == 3 else "" for row in fields}
+    def _check(self, layout: Path, namespace: str, snapshotter: str) -> None:
+        """See that every layer became a snapshot of the snapshotter meant: ctr has a default for it."""
+        rows = run(self._client(namespace, "snapshots", "--snapshotter", snapshotter, "ls")).splitlines()[1:]
+        kinds = [row.split()[-1] for row in rows if row.strip()]
+        if kinds != ["Committed"] * len(layer_blobs(layout)):
+            raise Unsupported(f"containerd did not unpack {layout} with {snapshotter}, it has {kinds}")
 
     def _warm(self) -> None:
-        for blob in (self.root / "containerd/io.containerd.content.v1.content/blobs").rglob("*"):
+        for blob in (self._data / "io.containerd.content.v1.content/blobs").rglob("*"):
             if blob.is_file():
                 with blob.open("rb") as file:
                     while file.read(CHUNK):
@@ -297,13 +298,12 @@ def _children(pid: int) -> Iterator[str]:
             yield from task.read_text().split()
 
 
-def measure(peer: Containerd, runs: int) -> dict[str, list[Run]]:
+def measure(peer: Containerd, layout: Path, runs: int) -> dict[str, list[Run]]:
     """Unpack `runs` times with each snapshotter, taking turns so that the machine's moods hit all alike."""
     results: dict[str, list[Run]] = {name: [] for name in SNAPSHOTTERS}
     for _ in range(runs):
         for name, collected in results.items():
-            collected.append(peer.unpack(name))
-            peer.clear(name)
+            collected.append(peer.unpack(layout, name))
     return results
 
 
@@ -327,15 +327,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chroot", type=Path, required=True, help="tree with containerd; made when missing")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--no-igzip", action="store_true", help="let containerd decompress by itself")
-    parser.add_argument("--xfs", type=int, default=8, metavar="GIB", help="size of a loop XFS; 0: plain --work")
+    parser.add_argument("--xfs", type=int, default=16, metavar="GIB", help="size of a loop XFS; 0: plain --work")
     return parser.parse_args()
 
 
 def _report(options: argparse.Namespace, root: Path) -> None:
     with Containerd(options.chroot, options.work, root, igzip=not options.no_igzip) as peer:
-        peer.import_layout(options.image)
-        helpers = {name: peer.helpers(name) for name in SNAPSHOTTERS}
-        results = measure(peer, options.runs)
+        helpers = {name: peer.helpers(options.image, name) for name in SNAPSHOTTERS}
+        results = measure(peer, options.image, options.runs)
         print(table(results))
         print("versions:", ", ".join(f"{name} {version}" for name, version in peer.versions().items()))
         for name, seen in helpers.items():
@@ -357,4 +356,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HpmapperError as error:
+        raise SystemExit(f"error: {error}") from error

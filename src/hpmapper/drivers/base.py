@@ -96,10 +96,19 @@ class Ingested:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Numbers of what lies on disk, named by the database or not."""
+    """What lies on disk, named by the database or not."""
 
     snapshots: set[SnapshotId] = field(default_factory=set)
     layers: set[SnapshotId] = field(default_factory=set)
+    objects: set[ObjectDigest] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with something."""
+
+    subject: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +215,9 @@ class Driver(Protocol):
 
     def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
         """Say what is wrong with a layer's storage; nothing when all is well."""
+
+    def check_derived(self, *, repair: bool) -> Iterator[Problem]:
+        """Say what is wrong with storage that was derived from layers (merged maps); with `repair`, drop it."""
 
     def check_object(self, digest: ObjectDigest, size: int) -> str | None:
         """Say what is wrong with a stored object, None when all is well."""

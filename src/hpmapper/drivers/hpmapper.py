@@ -24,7 +24,7 @@ import gc
 import io
 import os
 from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -32,7 +32,7 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from hpmapper import faults
-from hpmapper.drivers.base import Capabilities, Chain, Ingested, Progress
+from hpmapper.drivers.base import Capabilities, Chain, Ingested, Problem, Progress, Stored
 from hpmapper.drivers.upper import UpperDriver, unmount_path
 from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
@@ -48,7 +48,7 @@ from hpmapper.store.objects import ObjectStore, Staging
 from hpmapper.store.workspace import discard, workspace
 from hpmapper.tree import Inode
 
-INLINE_BELOW = 4096
+INLINE_BELOW = 1024
 """Bytes from which a file becomes an object; smaller ones lie in the map. Measured: docs/measurements.md."""
 
 
@@ -65,10 +65,14 @@ class HpmapperDriver(UpperDriver):
         mounts=True,
     )
 
-    def __init__(self, pool: Pool, *, inline_below: int = INLINE_BELOW) -> None:
+    def __init__(
+        self, pool: Pool, *, inline_below: int = INLINE_BELOW, map_form: mount.ErofsForm | None = None
+    ) -> None:
+        """Stand on a pool. `map_form` says how maps are mounted; None: as this kernel does best."""
         super().__init__(pool.path)
         self._pool = pool
         self._inline_below = inline_below
+        self._map_form = map_form
         self._objects = ObjectStore(self.home / "o")
 
     def attach(self) -> None:
@@ -110,9 +114,9 @@ class HpmapperDriver(UpperDriver):
     def _read(
         self, blob: BinaryIO, chain: Chain, recipe: Path, staging: Staging, progress: Progress | None
     ) -> tuple[LayerBuilder, Digests]:
-        with LayerStream(blob, progress) as stream, recipe.open("wb") as out:
+        with LayerStream(blob, progress) as stream, recipe.open("wb") as out, self._below(chain) as below:
             writer = RecipeWriter(out)
-            builder = LayerBuilder(self._below(chain), staging, writer)
+            builder = LayerBuilder(below, staging, writer)
             builder.read(stream)
             writer.close()
             return builder, stream.digests
@@ -132,15 +136,17 @@ class HpmapperDriver(UpperDriver):
             made = work / "image"
             (made / "m").mkdir(mode=0o700, parents=True)
             (made / "chain").write_text(_chain_text(chain))
-            with (work / "spool").open("w+b") as spool:
-                trees = (self._tree(layer, spool) for layer in reversed(chain))
-                _write_map(merge(trees), spool, made / "map", image.name)
+            self._write_merged(chain, work, made / "map", image.name)
             sync.syncfs(work)
             try:
                 sync.rename_noreplace(made, image)
             except FileExistsError:
                 pass  # another process was first
         faults.point("finish.merged")
+
+    def _write_merged(self, chain: Chain, work: Path, path: Path, uuid: str) -> None:
+        with (work / "spool").open("w+b") as spool:
+            _write_map(merge(self._tree(layer, spool) for layer in reversed(chain)), spool, path, uuid)
 
     def _tree(self, layer: SnapshotId, spool: BinaryIO) -> Inode:
         with Map.open(self._layer(layer) / "map") as map_file:
@@ -172,6 +178,31 @@ class HpmapperDriver(UpperDriver):
         if (path / "map").exists() and _file_digest(path / "map") != digest:
             yield f"{path / 'map'} is not what its digest says"
 
+    def check_derived(self, *, repair: bool) -> Iterator[Problem]:
+        for entry in sorted(os.scandir(self.home / "i"), key=lambda entry: entry.name):
+            image = Path(entry.path)
+            problem = self._wrong_image(image)
+            if problem:
+                if repair:
+                    unmount_path(image / "m")
+                    discard(image, self.scratch)
+                yield Problem(f"image map {image.name}", problem)
+
+    def _wrong_image(self, image: Path) -> str | None:
+        """Why an image's map is not what its layers give, None if it is."""
+        try:
+            chain = [SnapshotId(int(number)) for number in (image / "chain").read_text().split(",")]
+            with workspace(self.scratch) as work:
+                self._write_merged(chain, work, work / "map", image.name)
+                same = _file_digest(work / "map") == _file_digest(image / "map")
+        except (OSError, ValueError) as error:
+            return f"cannot be compared with its layers: {error}"
+        return None if same else "is not what its layers' maps give"
+
+    def stored(self) -> Stored:
+        found = super().stored()
+        return Stored(found.snapshots, found.layers, set(self._objects))
+
     def check_object(self, digest: ObjectDigest, size: int) -> str | None:
         found = self._objects.size(digest)
         if found is None:
@@ -194,23 +225,24 @@ class HpmapperDriver(UpperDriver):
         self.finish(chain)
         return [self._mounted(self._image(chain))] if chain else []
 
-    @staticmethod
-    def _mounted(path: Path) -> Path:
+    def _mounted(self, path: Path) -> Path:
         """Where the map in the directory `path` is mounted; mounts it if it is not."""
         target = path / "m"
         if not mount.is_mountpoint(target):
             with lock.exclusive(path):
                 if not mount.is_mountpoint(target):
-                    mount.erofs(path / "map", target)
+                    mount.erofs(path / "map", target, form=self._map_form)
         return target
 
     def _data(self) -> Path:
         return self._objects.directory
 
-    def _below(self, chain: Chain) -> Below:
+    @contextmanager
+    def _below(self, chain: Chain) -> Iterator[Below]:
         image = self._image(chain) / "map"
-        maps = [image] if image.exists() else [self._layer(layer) / "map" for layer in chain]
-        return Merged([_LazyMap(path, self._objects) for path in maps])
+        paths = [image] if chain and image.exists() else [self._layer(layer) / "map" for layer in chain]
+        with ExitStack() as stack:
+            yield Merged([_LazyMap(path, self._objects, stack) for path in paths])
 
 
 def _chain_text(chain: Chain) -> str:
@@ -246,20 +278,21 @@ def _no_cycle_collection() -> Iterator[None]:
 class _LazyMap:
     """A layer's map as a `merged.LayerView`, opened when first asked: most layers never ask below."""
 
-    def __init__(self, path: Path, objects: ObjectStore) -> None:
+    def __init__(self, path: Path, objects: ObjectStore, stack: ExitStack) -> None:
         self._path = path
         self._objects = objects
+        self._stack = stack
 
     @cached_property
     def _map(self) -> Map:
-        return Map.open(self._path)
+        return self._stack.enter_context(Map.open(self._path))
 
     def lookup(self, path: bytes) -> Inode | None:
         return self._map.lookup(path)
 
     def names(self, path: bytes) -> list[bytes]:
         directory = self._map.lookup(path)
-        return list(self._map.children(directory)) if directory is not None else []
+        return self._map.names(directory) if directory is not None else []
 
     def open(self, path: bytes) -> BinaryIO:
         inode = self._map.lookup(path)

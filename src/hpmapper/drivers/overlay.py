@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, Ingested, Progress
+from hpmapper.drivers.base import Capabilities, Chain, Ingested, Problem, Progress
 from hpmapper.drivers.upper import UpperDriver
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
@@ -55,9 +55,8 @@ class OverlayDriver(UpperDriver):
         self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
     ) -> Ingested:
         (work / "layer" / "diff").mkdir(parents=True)
-        return directory.unpack(
-            blob, self._below(chain), work, self._layer(layer), directory.Dialect.OVERLAY, expect, progress
-        )
+        with self._below(chain) as below:
+            return directory.unpack(blob, below, work, self._layer(layer), directory.Dialect.OVERLAY, expect, progress)
 
     def finish(self, chain: Chain) -> None:
         """Every layer is ready as it is."""
@@ -80,6 +79,9 @@ class OverlayDriver(UpperDriver):
     def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
         return directory.check(self._layer(layer))
 
+    def check_derived(self, *, repair: bool) -> Iterator[Problem]:
+        return iter(())
+
     def check_object(self, digest: ObjectDigest, size: int) -> str | None:
         return "is not expected with this driver"
 
@@ -89,5 +91,5 @@ class OverlayDriver(UpperDriver):
     def _data(self) -> None:
         return None
 
-    def _below(self, chain: Chain) -> Below:
-        return Merged([DirectoryView(os.fsencode(path)) for path in self._lowers(chain)])
+    def _below(self, chain: Chain) -> AbstractContextManager[Below]:
+        return nullcontext(Merged([DirectoryView(os.fsencode(path)) for path in self._lowers(chain)]))

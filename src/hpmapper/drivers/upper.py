@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +51,7 @@ class UpperDriver:
         """The data-only layer, if the driver has one."""
         raise NotImplementedError
 
-    def _below(self, chain: Chain) -> Below:
+    def _below(self, chain: Chain) -> AbstractContextManager[Below]:
         """The merged view of a chain, without mounting it."""
         raise NotImplementedError
 
@@ -103,7 +104,8 @@ class UpperDriver:
         unmount_path(self._snapshot(snapshot) / "m")
 
     def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
-        return changes(self._changed(snapshot, chain), self._below(chain))
+        with self._below(chain) as below:
+            yield from changes(self._changed(snapshot, chain), below)
 
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
         upper = os.fsencode(self._snapshot(snapshot) / "u")

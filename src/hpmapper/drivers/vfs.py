@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from hpmapper import faults
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, Ingested, Progress, Stored
+from hpmapper.drivers.base import Capabilities, Chain, Ingested, Problem, Progress, Stored
 from hpmapper.drivers.upper import disk_usage, numbers
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
@@ -130,6 +130,9 @@ class VfsDriver:
 
     def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
         return directory.check(self._layer(layer))
+
+    def check_derived(self, *, repair: bool) -> Iterator[Problem]:
+        return iter(())
 
     def check_object(self, digest: ObjectDigest, size: int) -> str | None:
         return "is not expected with this driver"

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hpmapper.errors import Corrupt
-from hpmapper.model import ObjectDigest
+from hpmapper.model import ObjectDigest, object_path
 from hpmapper.tree import Xattrs
 
 OVERLAY = b"trusted.overlay."
@@ -39,12 +39,6 @@ class Meaning(NamedTuple):
     xattrs: Xattrs
     digest: ObjectDigest | None = None
     opaque: bool = False
-
-
-def object_path(digest: ObjectDigest) -> str:
-    """Where an object lies below the objects' directory: two digits of its name, then the rest."""
-    name = digest.hex()
-    return f"{name[:2]}/{name[2:]}"
 
 
 def redirect(digest: ObjectDigest) -> bytes:

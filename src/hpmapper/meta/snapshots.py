@@ -198,9 +198,18 @@ def heal(db: Transaction, damaged: SnapshotId, new: SnapshotId) -> None:
     db.execute("UPDATE snapshot SET layer = ? WHERE layer = ?", (new, damaged))
 
 
-def mark_damaged(db: Transaction, layer_id: SnapshotId) -> None:
-    """Record that a layer cannot be repaired from what is here."""
-    db.execute("UPDATE layer SET damaged = 1 WHERE id = ?", (layer_id,))
+def mark_damaged(db: Transaction, layer_id: SnapshotId, *, damaged: bool = True) -> None:
+    """Record that a layer cannot be repaired from what is here (or is whole again)."""
+    db.execute("UPDATE layer SET damaged = ? WHERE id = ?", (damaged, layer_id))
+
+
+def mark_users_damaged(db: Transaction, digest: ObjectDigest) -> None:
+    """Record that every layer that needs an object is damaged."""
+    db.execute(
+        "UPDATE layer SET damaged = 1 WHERE id IN (SELECT layer FROM layer_object JOIN object ON object = object.id "
+        "WHERE digest = ?)",
+        (digest,),
+    )
 
 
 def add_layer(db: Transaction, new: Layer, objects: Mapping[ObjectDigest, int]) -> None:
@@ -244,6 +253,12 @@ def begin_removal(db: Transaction, snapshot: Snapshot, owner: str) -> None:
     )
     if changed.rowcount == 0:
         raise NotFound(f"snapshot {snapshot.key!r} does not exist")
+
+
+def any_user(db: Database, layer_id: SnapshotId) -> Snapshot | None:
+    """A snapshot that is made of the layer."""
+    row = db.row(f"SELECT {_COLUMNS} FROM snapshot WHERE layer = ? LIMIT 1", layer_id)
+    return _snapshot(row) if row else None
 
 
 def unfinished(db: Database) -> list[tuple[SnapshotId, str | None]]:
@@ -328,6 +343,11 @@ def forget_unused_objects(db: Transaction) -> int:
 def objects(db: Database) -> Iterator[tuple[ObjectDigest, int]]:
     """(digest, size) of every object."""
     return ((ObjectDigest(row[0]), row[1]) for row in db.rows("SELECT digest, size FROM object"))
+
+
+def is_object(db: Database, digest: ObjectDigest) -> bool:
+    """Whether the object is still one."""
+    return db.row("SELECT 1 FROM object WHERE digest = ?", digest) is not None
 
 
 def labels(db: Database, snapshot: SnapshotId) -> dict[str, str]:
