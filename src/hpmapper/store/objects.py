@@ -37,10 +37,11 @@ class ObjectStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._prefix = f"{directory}/"
 
-    def path(self, digest: ObjectDigest) -> Path:
-        """Where the object is, or would be."""
-        return self.directory / object_path(digest)
+    def path(self, digest: ObjectDigest) -> str:
+        """Where the object is, or would be. A string: an ingest asks for tens of thousands."""
+        return self._prefix + object_path(digest)
 
     def open(self, digest: ObjectDigest) -> BinaryIO:
         """The object's data.
@@ -49,14 +50,14 @@ class ObjectStore:
             Corrupt: it is missing.
         """
         try:
-            return self.path(digest).open("rb")
+            return open(self.path(digest), "rb")
         except FileNotFoundError:
             raise Corrupt(f"object {digest.hex()} is missing", hint="run hpmapper fsck") from None
 
     def size(self, digest: ObjectDigest) -> int | None:
         """The object's length in bytes; None if it is missing."""
         try:
-            return self.path(digest).stat().st_size
+            return os.stat(self.path(digest)).st_size
         except FileNotFoundError:
             return None
 
@@ -74,8 +75,8 @@ class ObjectStore:
         for digest in digests:
             path = self.path(digest)
             try:
-                freed += path.stat().st_blocks * 512
-                path.unlink()
+                freed += os.stat(path).st_blocks * 512
+                os.unlink(path)
             except FileNotFoundError:
                 continue
             faults.point("objects.deleted")
@@ -113,7 +114,7 @@ class Staging:
         self.new_bytes = 0
         self.spool: BinaryIO = open(directory / "spool", "w+b", buffering=1 << 20)  # noqa: SIM115
         self._store = store
-        self._directory = directory
+        self._prefix = f"{directory}/"
         self._new: list[ObjectDigest] = []
         self._spooled = 0
         self._dirty = 0
@@ -148,13 +149,13 @@ class Staging:
             faults.point("ingest.object-published")
 
     def _publish_one(self, digest: ObjectDigest) -> None:
-        staged, final = self._directory / digest.hex(), self._store.path(digest)
+        staged, final = self._prefix + digest.hex(), self._store.path(digest)
         try:
             sync.rename_noreplace(staged, final)
         except FileExistsError:
-            staged.unlink()  # another ingest was first
+            os.unlink(staged)  # another ingest was first
         except FileNotFoundError:
-            final.parent.mkdir(mode=0o700, exist_ok=True)
+            os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
             sync.rename_noreplace(staged, final)
 
     def _known(self, digest: ObjectDigest, size: int) -> bool:
@@ -167,10 +168,10 @@ class Staging:
         return known is not None
 
     def _put_buffered(self, pieces: Pieces, size: int) -> ObjectDigest:
-        data = b"".join(pieces)
+        data = _whole(pieces)
         digest = ObjectDigest(blake3(data).digest())
         if not self._known(digest, size):
-            fd = os.open(self._directory / digest.hex(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+            fd = os.open(self._prefix + digest.hex(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
             try:
                 write_data(fd, data)
             finally:
@@ -179,7 +180,7 @@ class Staging:
         return digest
 
     def _put_streamed(self, pieces: Pieces, size: int, segments: Segments | None) -> ObjectDigest:
-        temporary = self._directory / "incoming"
+        temporary = self._prefix + "incoming"
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o444)
         hasher = blake3()
         try:
@@ -188,9 +189,9 @@ class Staging:
             os.close(fd)
         digest = ObjectDigest(hasher.digest())
         if self._known(digest, size):
-            temporary.unlink()
+            os.unlink(temporary)
         else:
-            temporary.rename(self._directory / digest.hex())
+            os.rename(temporary, self._prefix + digest.hex())
             self._added(digest, 0)
             self.new_bytes += size
         return digest
@@ -229,3 +230,11 @@ class _Writeback:
     def close(self) -> None:
         if self._thread:
             self._thread.shutdown()
+
+
+def _whole(pieces: Pieces) -> bytes | memoryview:
+    """The data of all pieces; of a single one, as it is, without copying it."""
+    stream = iter(pieces)
+    first = next(stream, b"")
+    second = next(stream, None)
+    return first if second is None else b"".join((first, second, *stream))
