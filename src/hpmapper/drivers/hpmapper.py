@@ -36,6 +36,7 @@ from hpmapper.drivers.base import Capabilities, Chain, Ingested, Problem, Progre
 from hpmapper.drivers.upper import UpperDriver, unmount_path
 from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
+from hpmapper.errors import HpmapperError
 from hpmapper.kernel import lock, mount, sync
 from hpmapper.layer.build import Below, LayerBuilder
 from hpmapper.layer.merge import merge
@@ -195,7 +196,7 @@ class HpmapperDriver(UpperDriver):
             with workspace(self.scratch) as work:
                 self._write_merged(chain, work, work / "map", image.name)
                 same = _file_digest(work / "map") == _file_digest(image / "map")
-        except (OSError, ValueError) as error:
+        except (HpmapperError, OSError, ValueError) as error:
             return f"cannot be compared with its layers: {error}"
         return None if same else "is not what its layers' maps give"
 

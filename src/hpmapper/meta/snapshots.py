@@ -123,8 +123,9 @@ def layer(db: Database, layer_id: SnapshotId) -> Layer:
 
 
 def layers(db: Database) -> list[Layer]:
-    """Every layer."""
-    return [_layer(row) for row in db.rows("SELECT * FROM layer ORDER BY id")]
+    """Every layer that a snapshot uses, parents before their children."""
+    used = "SELECT layer FROM snapshot WHERE layer IS NOT NULL"
+    return [_layer(row) for row in db.rows(f"SELECT * FROM layer WHERE id IN ({used}) ORDER BY id")]
 
 
 def _layer(row: Any) -> Layer:
