@@ -34,13 +34,11 @@ class Containers:
         """
         row = self._images.find(image)
         name = object_name(name, "container") if name is not None else secrets.token_hex(6)
-        snapshot = self._engine.prepare(f"container-{name}", self._images.top(row))
-        try:
-            with self._db.transaction(durable=False) as transaction:
-                meta.add_container(transaction, name, snapshot.id, row.id)
-        except BaseException:
-            self._engine.remove(snapshot)
-            raise
+        self._engine.prepare(
+            f"container-{name}",
+            self._images.top(row),
+            also=lambda transaction, snapshot: meta.add_container(transaction, name, snapshot, row.id),
+        )
         return meta.container(self._db, name)
 
     def all(self) -> list[ContainerRow]:
@@ -78,7 +76,7 @@ class Containers:
     def remove(self, container: ContainerRow) -> None:
         """Remove it with all that it wrote; FailedPrecondition when in use."""
         self._engine.remove(
-            self.snapshot(container), also=lambda transaction: meta.forget_container(transaction, container.name)
+            self.snapshot(container), also=lambda transaction, _: meta.forget_container(transaction, container.name)
         )
 
     def commit(self, container: ContainerRow, names: list[str], options: ImportOptions) -> ImageRow:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ from hpmapper.store.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
+_ROOM_SECONDS = 0.2
+"""How long an answer about free space holds: a container starts in half a millisecond, asking takes a tenth of it."""
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -59,6 +63,10 @@ class Collected:
     waiting: bool
 
 
+Also = Callable[[snapshots.Transaction, SnapshotId], object]
+"""What a caller records together with a change of a snapshot: both happen or none."""
+
+
 class Engine:
     """One root's snapshots. For use by several threads, and by several processes on one root."""
 
@@ -69,6 +77,7 @@ class Engine:
         self._floor = floor
         self._session: Workspace | None = None
         self._leases = count()
+        self._room_seen = float("-inf")
 
     def close(self) -> None:
         """End the session; nothing is unmounted."""
@@ -212,8 +221,10 @@ class Engine:
 
     # Snapshots.
 
-    def prepare(self, key: str, parent: Snapshot | None, kind: Kind = Kind.ACTIVE) -> Snapshot:
-        """Make an active snapshot, or a view, of `parent`.
+    def prepare(
+        self, key: str, parent: Snapshot | None, kind: Kind = Kind.ACTIVE, also: Also | None = None
+    ) -> Snapshot:
+        """Make an active snapshot, or a view, of `parent`; `also` is recorded in the same transaction.
 
         Raises:
             AlreadyExists: the key is taken. InvalidArgument: the parent is not committed. NoSpace: no room.
@@ -226,6 +237,8 @@ class Engine:
             # Not durable: power loss may take back a container that nobody can have written to for long.
             with self.db.transaction(durable=False) as transaction:
                 snapshots.ready(transaction, snapshot)
+                if also:
+                    also(transaction, snapshot)
         faults.point("prepare.recorded")
         return snapshots.by_id(self.db, snapshot)
 
@@ -273,7 +286,7 @@ class Engine:
         layer = snapshots.layer(self.db, snapshot.layer)
         return Usage(layer.size, layer.inodes)
 
-    def remove(self, snapshot: Snapshot, also: Callable[[snapshots.Transaction], object] | None = None) -> None:
+    def remove(self, snapshot: Snapshot, also: Also | None = None) -> None:
         """Remove a snapshot of any kind; `also` is recorded in the same transaction (what else goes with it).
 
         A committed one's layer stays until `collect`.
@@ -285,7 +298,7 @@ class Engine:
             self.driver.unmount(snapshot.id)  # in use: refuse before anything is changed
         with self.db.transaction() as transaction:
             if also:
-                also(transaction)
+                also(transaction, snapshot.id)
             snapshots.begin_removal(transaction, snapshot, self._workspace().token)
         faults.point("remove.intended")
         self._finish_removal(snapshot.id)
@@ -396,7 +409,10 @@ class Engine:
         return snapshots.layers_below(self.db, snapshot.parent)
 
     def _require_room(self, below: list[SnapshotId]) -> None:
-        check_floor(self.driver.space(), self._floor)
+        now = time.monotonic()
+        if now - self._room_seen > _ROOM_SECONDS:
+            check_floor(self.driver.space(), self._floor)
+            self._room_seen = now
         limit = self.driver.capabilities.max_layers
         if len(below) >= limit:
             raise InvalidArgument(

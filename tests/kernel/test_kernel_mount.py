@@ -141,7 +141,7 @@ def test_a_missing_layer_is_named(tmp_path: Path) -> None:
 
 def test_an_older_kernel_is_served_by_the_next_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lower, merged = directories(tmp_path, "lower", "merged")
-    (second,) = directories(tmp_path, "second")
+    (second,) = directories(tmp_path, "second,2")  # a name that mount(2) would split
     tried = []
 
     def refuse(*_: object) -> None:

@@ -51,8 +51,8 @@ class StackedDriver(HpmapperDriver):
     def finish(self, chain: Chain) -> None:
         """Nothing is merged."""
 
-    def _lowers(self, chain: Chain) -> list[Path]:
-        return [self._mounted(self._layer(layer)) for layer in chain]
+    def _lowers(self, chain: Chain) -> list[str]:
+        return [self._mounted(str(self._layer(layer))) for layer in chain]
 
 
 @dataclass(frozen=True)

@@ -222,21 +222,27 @@ class HpmapperDriver(UpperDriver):
         paths = [Path(entry.path) for entry in os.scandir(self.home / "i")]
         return [path for path in paths if str(layer) in (path / "chain").read_text().split(",")]
 
-    def _lowers(self, chain: Chain) -> list[Path]:
-        self.finish(chain)
-        return [self._mounted(self._image(chain))] if chain else []
+    def _lowers(self, chain: Chain) -> list[str]:
+        if not chain:
+            return []
+        image = str(self._image(chain))
+        try:
+            return [self._mounted(image)]
+        except FileNotFoundError:
+            self.finish(chain)
+            return [self._mounted(image)]
 
-    def _mounted(self, path: Path) -> Path:
+    def _mounted(self, path: str) -> str:
         """Where the map in the directory `path` is mounted; mounts it if it is not."""
-        target = path / "m"
-        if not mount.is_mountpoint(target):
+        target = f"{path}/m"
+        if not self._is_mounted(target):
             with lock.exclusive(path):
-                if not mount.is_mountpoint(target):
-                    mount.erofs(path / "map", target, form=self._map_form)
+                if not self._is_mounted(target):
+                    mount.erofs(f"{path}/map", target, form=self._map_form)
         return target
 
-    def _data(self) -> Path:
-        return self._objects.directory
+    def _data(self) -> str:
+        return str(self._objects.directory)
 
     @contextmanager
     def _below(self, chain: Chain) -> Iterator[Below]:

@@ -85,8 +85,8 @@ class OverlayDriver(UpperDriver):
     def check_object(self, digest: ObjectDigest, size: int) -> str | None:
         return "is not expected with this driver"
 
-    def _lowers(self, chain: Chain) -> list[Path]:
-        return [self._layer(layer) / "diff" for layer in chain]
+    def _lowers(self, chain: Chain) -> list[str]:
+        return [f"{self.home}/l/{layer}/diff" for layer in chain]
 
     def _data(self) -> None:
         return None

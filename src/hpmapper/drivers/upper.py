@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,11 +44,11 @@ class UpperDriver:
 
     # What a subclass says of its layers.
 
-    def _lowers(self, chain: Chain) -> list[Path]:
+    def _lowers(self, chain: Chain) -> list[str]:
         """The layers' directories, nearest first, mounted if need be."""
         raise NotImplementedError
 
-    def _data(self) -> Path | None:
+    def _data(self) -> str | None:
         """The data-only layer, if the driver has one."""
         raise NotImplementedError
 
@@ -70,35 +71,42 @@ class UpperDriver:
     # The contract: see `hpmapper.drivers.base`.
 
     def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
-        top = self._snapshot(snapshot)
-        for directory in (top, top / "w", top / "m", top / "u"):
+        top = f"{self.home}/a/{snapshot}"  # strings: this is what starting a container waits for
+        for directory in (top, f"{top}/w", f"{top}/m", f"{top}/u"):
             try:
                 os.mkdir(directory, 0o700)
             except FileExistsError:
                 continue
             faults.point("prepare.directory-made")
-        self._copy_root_attributes(top / "u", self._lowers(chain))
+        _copy_root_attributes(f"{top}/u", self._lowers(chain))
 
     def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
-        top = self._snapshot(snapshot)
-        merged = top / "m"
+        top = f"{self.home}/a/{snapshot}"
         with lock.exclusive(top):  # two live mounts of one upper would corrupt it (design trap 13)
-            if not mount.is_mountpoint(merged):
+            if not self._is_mounted(f"{top}/m"):
                 self._mount(top, self._lowers(chain), read_only)
-        return merged
+        return Path(top, "m")
 
-    def _mount(self, top: Path, lowers: Sequence[Path], read_only: bool) -> None:
-        upper, work = (None, None) if read_only else (top / "u", top / "w")
+    def _mount(self, top: str, lowers: Sequence[str], read_only: bool) -> None:
+        upper, work = (None, None) if read_only else (f"{top}/u", f"{top}/w")
         # Even a view needs u: it carries the root's attributes, and overlayfs wants two layers without an upper.
-        lowers = [top / "u", *lowers] if read_only else lowers
-        stack = lowers if len(lowers) > (1 if read_only else 0) else [*lowers, self.home / "empty"]
+        lowers = [f"{top}/u", *lowers] if read_only else lowers
+        stack = lowers if len(lowers) > (1 if read_only else 0) else [*lowers, f"{self.home}/empty"]
         try:
-            mount.overlay(top / "m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
+            mount.overlay(f"{top}/m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
         except OSError as error:
             if error.errno != errno.EINVAL or self._data() is None or self._options is METADATA_COPIES:
                 raise
             self._options = METADATA_COPIES
-            mount.overlay(top / "m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
+            mount.overlay(f"{top}/m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
+
+    def _is_mounted(self, target: str) -> bool:
+        """Whether an overlay or a map is mounted at `target`: both have a device number of their own."""
+        return os.stat(target).st_dev != self._device
+
+    @cached_property
+    def _device(self) -> int:
+        return os.stat(self.home).st_dev
 
     def unmount(self, snapshot: SnapshotId) -> None:
         unmount_path(self._snapshot(snapshot) / "m")
@@ -145,23 +153,23 @@ class UpperDriver:
         for entry in os.scandir(self.home / "a"):
             unmount_path(Path(entry.path) / "m")
 
-    @staticmethod
-    def _copy_root_attributes(upper: Path, lowers: Sequence[Path]) -> None:
-        """Give the upper the root attributes of the nearest layer that has any of its own."""
-        source = next((lower for lower in lowers if not _is_implied(lower)), None)
-        if source is None:
-            os.chmod(upper, 0o755)
-            return
-        status = os.stat(source)
-        os.chown(upper, status.st_uid, status.st_gid)
-        os.chmod(upper, stat.S_IMODE(status.st_mode))
-        for name in os.listxattr(source):
-            if not name.startswith("trusted.overlay."):
-                os.setxattr(upper, name, os.getxattr(source, name))
-        os.utime(upper, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+def _copy_root_attributes(upper: str, lowers: Sequence[str]) -> None:
+    """Give the upper the root attributes of the nearest layer that has any of its own."""
+    source = next((lower for lower in lowers if not _is_implied(lower)), None)
+    if source is None:
+        os.chmod(upper, 0o755)
+        return
+    status = os.stat(source)
+    os.chown(upper, status.st_uid, status.st_gid)
+    os.chmod(upper, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source):
+        if not name.startswith("trusted.overlay."):
+            os.setxattr(upper, name, os.getxattr(source, name))
+    os.utime(upper, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
-def _is_implied(lower: Path) -> bool:
+def _is_implied(lower: str) -> bool:
     try:
         os.getxattr(lower, IMPLIED_ROOT)
     except OSError as error:
