@@ -33,6 +33,7 @@ from hpmapper.images import Images
 from hpmapper.kernel.mount import ErofsForm
 from hpmapper.kernel.sync import syncfs
 from hpmapper.meta.db import Database
+from hpmapper.meta.snapshots import Snapshot
 from hpmapper.pool import open_pool
 from hpmapper.pool.base import GIB, Pool, PoolConfig, PoolKind
 from hpmapper.pool.floor import Floor
@@ -124,14 +125,16 @@ def measure(variant: Variant, image: Path, versions: Sequence[Path], work: Path,
 Note = Callable[[str, float], None]
 
 
-def _bring(engine: Engine, layout: Path, name: str, work: Path) -> None:
-    Images(engine).bring(f"oci:{layout}", SourceOptions(spool=work), [name], _Silent())
+def silent_bring(engine: Engine, layout: Path, name: str, work: Path) -> Snapshot:
+    """Bring in a layout's image; returns its topmost snapshot."""
+    (brought,) = Images(engine).bring(f"oci:{layout}", SourceOptions(spool=work), [name], _Silent())
+    return brought.layers[-1].snapshot
 
 
 def _ingest(engine: Engine, image: Path, work: Path, note: Note) -> None:
     read_all(image)  # a warm page cache: the network is not measured
     wall, cpu = time.perf_counter(), time.process_time()
-    _bring(engine, image, "image", work)
+    silent_bring(engine, image, "image", work)
     note("ingest, s", time.perf_counter() - wall)
     note("ingest cpu, s", time.process_time() - cpu)
 
@@ -166,7 +169,7 @@ def _versions(engine: Engine, driver: HpmapperDriver, versions: Sequence[Path], 
     syncfs(driver.home)
     empty = driver.space().free
     for name, layout in zip("ab", versions, strict=True):
-        _bring(engine, layout, name, work)
+        silent_bring(engine, layout, name, work)
     syncfs(driver.home)
     note("disk of two versions, MiB", (empty - driver.space().free) / 2**20)
     containers = Containers(engine)
