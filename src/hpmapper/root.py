@@ -9,10 +9,13 @@ A root has one driver for life: the one it was made with. Data that is there win
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +23,19 @@ from hpmapper.config import Config
 from hpmapper.drivers import registry
 from hpmapper.drivers.registry import Registered
 from hpmapper.engine import Engine
-from hpmapper.errors import FailedPrecondition, NotFound, Unsupported
+from hpmapper.errors import AlreadyExists, FailedPrecondition, NotFound, Unsupported
 from hpmapper.kernel import lock
+from hpmapper.meta import images
 from hpmapper.meta.db import Database
 from hpmapper.pool import open_pool
-from hpmapper.pool.base import Pool, PoolConfig
+from hpmapper.pool.base import LOCK_NAME, Pool, PoolConfig
+from hpmapper.store import workspace
+from hpmapper.store.workspace import remove_tree
 
 log = logging.getLogger(__name__)
 
 DATABASE = "hpmapper.db"
+LOCK = "root.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +54,9 @@ def open_root(config: Config, *, create: bool = True) -> Iterator[Opened]:
         NotFound: it is not there. FailedPrecondition: it has another driver than the one asked for.
         Unsupported: the driver asked for does not work on this host.
     """
-    if not create and not (config.root / DATABASE).exists():
-        raise NotFound(f"there is no hpmapper root at {config.root}", hint="hpmapper pool create makes one; see --root")
-    config.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    db = Database(config.root / DATABASE)
+    db = _database(config, create=create)
     try:
-        registered, pool_config = _settle(config, db)
+        registered, pool_config = _settle(config, db, create=create)
         pool = open_pool(config.root, pool_config) if registered.needs_pool else None
         driver = registered.make(config.root, pool_config)
         driver.attach()
@@ -67,15 +71,45 @@ def open_root(config: Config, *, create: bool = True) -> Iterator[Opened]:
         engine.close()
 
 
+def make_root(config: Config, *, force: bool = False) -> None:
+    """Make a root that is not there yet; `force` as for `Pool.create`.
+
+    Raises:
+        AlreadyExists: it is there, or something is in the pool's way. Unsupported: the driver does not work here.
+    """
+    with closing(_database(config, create=True)) as db, lock.exclusive(config.root / LOCK):
+        if db.setting("driver") is not None:
+            raise AlreadyExists(f"there is a root at {config.root} already", hint="hpmapper pool status; see --root")
+        _make(config, db, force=force)
+
+
+def remove_root(config: Config, *, force: bool = False) -> None:
+    """Remove a root with all its data; one that was half removed before is no error.
+
+    Raises:
+        NotFound: it is not there. FailedPrecondition: it is in use, or, without `force`, has images or containers.
+    """
+    with closing(_database(config, create=False)) as db, lock.exclusive(config.root / LOCK):
+        if not force:
+            _require_empty(db)
+        _remove_storage(config, db)
+    for name in (f"{DATABASE}-shm", f"{DATABASE}-wal", DATABASE, LOCK_NAME, LOCK):
+        (config.root / name).unlink(missing_ok=True)
+    try:
+        config.root.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
+        # other people's files, or a mount point
+
+
 def pool_of(config: Config) -> tuple[Database, Pool]:
     """The root's pool without attaching it, and the database that has its settings.
 
     Raises:
         NotFound: there is no root, or its driver has no pool.
     """
-    if not (config.root / DATABASE).exists():
-        raise NotFound(f"there is no hpmapper root at {config.root}", hint="hpmapper pool create makes one; see --root")
-    db = Database(config.root / DATABASE)
+    db = _database(config, create=False)
     stored = db.setting("pool")
     if stored is None:
         db.close()
@@ -88,12 +122,28 @@ def remember_pool(db: Database, pool: PoolConfig) -> None:
     db.set_setting("pool", json.dumps(pool.to_dict()))
 
 
-def _settle(config: Config, db: Database) -> tuple[Registered, PoolConfig]:
+def _database(config: Config, *, create: bool) -> Database:
+    if not create and not (config.root / DATABASE).exists():
+        raise _missing(config)
+    config.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Database(config.root / DATABASE)
+
+
+def _missing(config: Config) -> NotFound:
+    return NotFound(
+        f"there is no hpmapper root at {config.root}",
+        hint="hpmapper pool create makes one, as does bringing in an image; see --root",
+    )
+
+
+def _settle(config: Config, db: Database, *, create: bool) -> tuple[Registered, PoolConfig]:
     """The root's driver and pool settings, chosen and made now if it has none."""
-    with lock.exclusive(config.root / "root.lock"):
+    with lock.exclusive(config.root / LOCK):
         name = db.setting("driver")
-        if name is None:
+        if name is None and create:
             return _make(config, db)
+    if name is None:
+        raise _missing(config)
     if config.driver is not None and registry.by_name(config.driver).name != name:
         raise FailedPrecondition(
             f"the root at {config.root} has the driver {name}, not {config.driver}",
@@ -104,7 +154,7 @@ def _settle(config: Config, db: Database) -> tuple[Registered, PoolConfig]:
     return registry.by_name(name), pool
 
 
-def _make(config: Config, db: Database) -> tuple[Registered, PoolConfig]:
+def _make(config: Config, db: Database, *, force: bool = False) -> tuple[Registered, PoolConfig]:
     wanted = config.pool()
     if config.driver is None:
         registered, verdicts = registry.choose(config.root, wanted)
@@ -117,7 +167,7 @@ def _make(config: Config, db: Database) -> tuple[Registered, PoolConfig]:
         if not verdict.works:
             raise Unsupported(f"storage driver {registered.name} does not work here: {verdict.why}")
     if registered.needs_pool:
-        wanted = _make_pool(config.root, db, wanted)
+        wanted = _make_pool(config.root, db, wanted, force=force)
     db.set_setting("driver", registered.name)
     return registered, wanted
 
@@ -125,8 +175,38 @@ def _make(config: Config, db: Database) -> tuple[Registered, PoolConfig]:
 def _make_pool(root: Path, db: Database, wanted: PoolConfig, *, force: bool = False) -> PoolConfig:
     """Make the pool; intent first, so that a crash in between is made good by the next call."""
     stored = db.setting("pool")
-    intent = PoolConfig.from_dict(json.loads(stored)) if stored else wanted.with_uuid()
+    earlier = PoolConfig.from_dict(json.loads(stored)) if stored else None
+    # An attempt that was refused may have left other wishes than today's.
+    same = earlier is not None and dataclasses.replace(earlier, uuid="") == wanted
+    intent = earlier if earlier is not None and same else wanted.with_uuid()
     remember_pool(db, intent)
     made = open_pool(root, intent).create(force=force)
     remember_pool(db, made)
     return made
+
+
+def _require_empty(db: Database) -> None:
+    present = {"containers": len(images.containers(db)), "images": len(images.images(db))}
+    if any(present.values()):
+        counts = " and ".join(f"{count} {kind}" for kind, count in present.items() if count)
+        raise FailedPrecondition(f"the root has {counts}", hint="remove them first, or all together with --force")
+
+
+def _remove_storage(config: Config, db: Database) -> None:
+    name, stored = db.setting("driver"), db.setting("pool")
+    pool_config = PoolConfig.from_dict(json.loads(stored)) if stored else config.pool()
+    registered = registry.by_name(name) if name else None
+    if registered:
+        driver = registered.make(config.root, pool_config)
+        _require_unused(driver.scratch)
+        driver.detach()
+    if stored:
+        open_pool(config.root, pool_config).destroy()
+    if registered and not registered.needs_pool and (config.root / registered.name).exists():
+        remove_tree(config.root / registered.name)
+
+
+def _require_unused(scratch: Path) -> None:
+    tokens = os.listdir(scratch) if scratch.exists() else []
+    if any(workspace.is_alive(scratch, token) for token in tokens):
+        raise FailedPrecondition("another process is at work in this root", hint="wait for its end")

@@ -1,0 +1,174 @@
+"""hpmapper pool: the file system that everything lies on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import click
+
+from hpmapper.cli import output
+from hpmapper.cli.groups import NearestGroup
+from hpmapper.cli.session import config_of, require_stopped, session
+from hpmapper.cli.state import State, json_option, pass_state
+from hpmapper.config import Config
+from hpmapper.errors import Corrupt, InvalidArgument
+from hpmapper.meta.db import Database
+from hpmapper.pool.base import CheckReport, Pool, PoolFs, parse_size
+from hpmapper.root import make_root, pool_of, remember_pool, remove_root
+from hpmapper.runtime import place
+
+_DRIVER = "hpmapper"
+
+
+@click.group(cls=NearestGroup)
+def pool() -> None:
+    """Make, watch and grow the storage pool."""
+
+
+@pool.command()
+@click.option("--size", metavar="SIZE", help="Of the sparse file [100G, or 90% of what is free].")
+@click.option("--device", metavar="DEVICE", help="Use this block device instead of a file.")
+@click.option("--directory", metavar="DIR", help="Use a directory on XFS or btrfs instead of a file.")
+@click.option("--fs", type=click.Choice(list(PoolFs)), help="The file system to make [xfs].")
+@click.option("--force", is_flag=True, help="Overwrite what is there, unless it is in use.")
+@json_option
+@pass_state
+def create(
+    state: State, size: str | None, device: str | None, directory: str | None, fs: str | None, force: bool
+) -> None:
+    """Make the pool, and with it the root directory, for the hpmapper driver."""
+    asked = {
+        "pool.size": size,
+        "pool.device": device and str(Path(device).absolute()),
+        "pool.directory": directory and str(Path(directory).absolute()),
+        "pool.fs": fs,
+    }
+    config = config_of(state).with_options([f"{name}={value}" for name, value in asked.items() if value])
+    if config.driver not in (None, _DRIVER):
+        raise InvalidArgument(f"the driver {config.driver} has no pool", hint="leave out --storage-driver")
+    make_root(dataclasses.replace(config, driver=_DRIVER), force=force)
+    with session(state), _pool(config) as (_, made):
+        facts = _status(config, made)
+    output.show(state, facts, lambda: _text(facts))
+
+
+@pool.command()
+@json_option
+@pass_state
+def status(state: State) -> None:
+    """Show where the pool is, its size and its free space."""
+    config = config_of(state)
+    with _pool(config) as (_, found):
+        facts = _status(config, found)
+    output.show(state, facts, lambda: _text(facts))
+
+
+@pool.command()
+@click.argument("size", required=False)
+@json_option
+@pass_state
+def grow(state: State, size: str | None) -> None:
+    """Grow the pool to SIZE, or to its device's end, while it is in use."""
+    config = config_of(state)
+    with _pool(config) as (db, found):
+        remember_pool(db, found.grow(parse_size(size) if size else 0))
+        facts = _status(config, found)
+    output.show(state, facts, lambda: _text(facts))
+
+
+@pool.command()
+@json_option
+@pass_state
+def check(state: State) -> None:
+    """Check the pool's file system: thoroughly when it is detached, else what is possible.
+
+    What is stored in it is checked by `hpmapper fsck`.
+    """
+    with _pool(config_of(state)) as (_, found):
+        report = found.check()
+    output.show(state, dataclasses.asdict(report), lambda: _report(report))
+    if report.sound is False:
+        raise Corrupt("the pool's file system is damaged", hint="save its images, and see xfs_repair or btrfs check")
+
+
+@pool.command()
+@json_option
+@pass_state
+def trim(state: State) -> None:
+    """Give the pool's unused blocks back to its device or file."""
+    with session(state), _pool(config_of(state)) as (_, found):
+        size = found.trim()
+    output.show(state, {"bytes_trimmed": size}, lambda: f"gave back {output.size(size)}")
+
+
+@pool.command()
+@pass_state
+def attach(state: State) -> None:
+    """Mount the pool, as every other command does when it needs it."""
+    with session(state):
+        pass
+
+
+@pool.command()
+@pass_state
+def detach(state: State) -> None:
+    """Unmount all containers and the pool, and free its loop device; everything stays on the disk."""
+    config = config_of(state)
+    with _pool(config) as (_, found):
+        if not found.is_attached():
+            return
+    require_stopped(config.root)
+    with session(state) as opened:
+        opened.engine.detach()
+
+
+@pool.command()
+@click.option("--force", is_flag=True, help="With all images and containers in it.")
+@pass_state
+def rm(state: State, force: bool) -> None:
+    """Remove the pool and the root directory, whatever its driver."""
+    config = config_of(state)
+    require_stopped(config.root)
+    remove_root(config, force=force)
+    place.forget(config.root)
+
+
+@contextmanager
+def _pool(config: Config) -> Iterator[tuple[Database, Pool]]:
+    db, found = pool_of(config)
+    with closing(db):
+        yield db, found
+
+
+def _status(config: Config, found: Pool) -> dict[str, object]:
+    facts: dict[str, object] = {"kind": str(found.config.kind), "attached": found.is_attached()}
+    facts |= {key.replace(" ", "_"): value for key, value in found.facts().items()}
+    if found.config.size:
+        facts["size"] = found.config.size
+    if found.is_attached():
+        space = found.space()
+        facts |= {"total": space.total, "used": space.used, "free": space.free, "floor": config.floor().of(space)}
+    return facts
+
+
+def _text(facts: dict[str, object]) -> str:
+    shown = {key.replace("_", " "): _shown(value) for key, value in facts.items()}
+    if not facts["attached"]:
+        shown["free"] = "unknown while it is not attached; any command that needs it attaches it"
+    return output.pairs(shown)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return output.yes(value)
+    return output.size(value) if isinstance(value, int) else str(value)
+
+
+def _report(report: CheckReport) -> str:
+    verdict = {True: "sound", False: "damaged", None: "no damage seen"}[report.sound]
+    lines = [verdict, f"checked: {report.checked}"]
+    lines += [f"not checked: {report.unchecked}"] if report.unchecked else []
+    return "\n".join([*lines, *report.findings])

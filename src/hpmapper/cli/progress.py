@@ -1,0 +1,96 @@
+"""How bringing in an image is shown: bars on a terminal, a line for each layer elsewhere, nothing when not wanted."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from hpmapper.cli.output import size
+from hpmapper.engine import Taken
+from hpmapper.images import Watcher
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+@contextmanager
+def watching(*, quiet: bool) -> Iterator[Watcher]:
+    """A watcher for standard error as it is."""
+    if quiet:
+        yield _Silent()
+    elif not sys.stderr.isatty():
+        yield _Lines()
+    else:
+        with _bars() as bars:
+            yield _Bars(bars)
+
+
+def outcome(taken: Taken) -> str:
+    """What a layer cost, in words."""
+    if taken.ingested is None:
+        return "already there"
+    known = taken.ingested.deduplicated
+    return f"stored {size(taken.ingested.size)}" + (f", {size(known)} were known" if known else "")
+
+
+class _Silent:
+    def layer(self, number: int, count: int, size: int | None) -> Callable[[int], None]:
+        return lambda _read: None
+
+    def layer_done(self, number: int, taken: Taken) -> None:
+        pass
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._count = 0
+        self._began = 0.0
+
+    def layer(self, number: int, count: int, size: int | None) -> Callable[[int], None]:
+        self._count, self._began = count, time.monotonic()
+        return lambda _read: None
+
+    def layer_done(self, number: int, taken: Taken) -> None:
+        seconds = time.monotonic() - self._began
+        click.echo(f"layer {number + 1}/{self._count}: {outcome(taken)} ({seconds:.1f} s)", err=True)
+
+
+class _Bars:
+    """One bar a layer, of compressed bytes; a layer that was there already has none to show."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._count = 0
+        self._tasks: dict[int, TaskID] = {}
+
+    def layer(self, number: int, count: int, size: int | None) -> Callable[[int], None]:
+        self._count = count
+        task = self._bars.add_task(f"layer {number + 1}/{count}", total=size)
+        self._tasks[number] = task
+        return lambda read: self._bars.advance(task, read)
+
+    def layer_done(self, number: int, taken: Taken) -> None:
+        task = self._tasks[number]
+        done = next(one.completed for one in self._bars.tasks if one.id == task)
+        self._bars.update(task, total=max(done, 1), completed=max(done, 1))
+        self._bars.update(task, description=f"layer {number + 1}/{self._count}: {outcome(taken)}")
+
+
+def _bars() -> Progress:
+    # rich takes 60 ms to import: only for those who see it.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
