@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ class Engine:
         self.driver = driver
         self._floor = floor
         self._session: Workspace | None = None
+        self._session_lock = threading.Lock()
         self._leases = count()
         self._room_seen = float("-inf")
 
@@ -147,7 +149,7 @@ class Engine:
             NoSpace: the pool is too full. In each case nothing of it is left.
         """
         below = self._chain(parent)
-        self._require_room(below)
+        self._require_room(len(below) + 1)
         with self._workspace().directory() as work, self.driver.pin():
             key = f"ingest-{work.parent.name}-{work.name}"
             with self._making(key, Kind.COMMITTED, parent, self.driver.remove_layer) as snapshot:
@@ -206,17 +208,20 @@ class Engine:
             damaged=False,
         )
         with self.db.transaction() as transaction:
-            snapshots.add_layer(transaction, layer, facts.objects)
             winner = snapshots.find(transaction, key)
+            superfluous = winner is not None and not snapshots.is_damaged(transaction, winner)
+            if not superfluous:
+                snapshots.add_layer(transaction, layer, facts.objects)
             if winner is None:
                 snapshots.committed(transaction, snapshot, key, snapshot)
-            else:
-                if winner.layer is not None and snapshots.is_damaged(transaction, winner):
-                    snapshots.heal(transaction, winner.layer, snapshot)
+            elif winner.layer is not None and not superfluous:
+                snapshots.heal(transaction, winner.layer, snapshot)
                 snapshots.forget(transaction, snapshot)
             if lease:
                 snapshots.hold(transaction, lease, winner.id if winner else snapshot)
         faults.point("ingest.recorded")
+        if superfluous:
+            self._undo(snapshot)
         return snapshots.get(self.db, key)
 
     # Snapshots.
@@ -230,7 +235,7 @@ class Engine:
             AlreadyExists: the key is taken. InvalidArgument: the parent is not committed. NoSpace: no room.
         """
         below = self._chain(parent)
-        self._require_room(below)
+        self._require_room(len(below))
         with self._making(key, kind, parent, self.driver.remove) as snapshot:
             self.driver.prepare(snapshot, below, read_only=kind is Kind.VIEW)
             faults.point("prepare.prepared")
@@ -348,7 +353,10 @@ class Engine:
         if self.db.setting("boot_id") != boot:
             self._remove_unknown()
             self._forget_lost()
-            self.driver.sweep_objects(self._known_objects, timeout=0)
+            try:
+                self.driver.sweep_objects(self._known_objects, timeout=0)
+            except BlockingIOError:
+                return  # somebody ingests already: left to whoever opens the root next
             self.db.set_setting("boot_id", boot)
 
     def _undo(self, snapshot: SnapshotId) -> None:
@@ -367,8 +375,8 @@ class Engine:
 
     def _forget_lost(self) -> None:
         """Forget the snapshots that power loss took before their storage was on the disk."""
-        stored = self.driver.stored()
-        for snapshot in snapshots.storage_ids(self.db).ready - stored.snapshots:
+        ready = snapshots.storage_ids(self.db).ready  # before the storage: what is ready has had it for a while
+        for snapshot in ready - self.driver.stored().snapshots:
             log.warning("snapshot %s was lost with the machine's power before it was on the disk", snapshot)
             with self.db.transaction() as transaction:
                 snapshots.forget_lost(transaction, snapshot)
@@ -396,9 +404,10 @@ class Engine:
             raise
 
     def _workspace(self) -> Workspace:
-        if self._session is None:
-            self._session = Workspace(self.driver.scratch)
-        return self._session
+        with self._session_lock:
+            if self._session is None:
+                self._session = Workspace(self.driver.scratch)
+            return self._session
 
     def _chain(self, parent: Snapshot | None) -> list[SnapshotId]:
         if parent is not None and parent.kind is not Kind.COMMITTED:
@@ -408,13 +417,13 @@ class Engine:
     def _parents(self, snapshot: Snapshot) -> list[SnapshotId]:
         return snapshots.layers_below(self.db, snapshot.parent)
 
-    def _require_room(self, below: list[SnapshotId]) -> None:
+    def _require_room(self, layers: int) -> None:
         now = time.monotonic()
         if now - self._room_seen > _ROOM_SECONDS:
             check_floor(self.driver.space(), self._floor)
             self._room_seen = now
         limit = self.driver.capabilities.max_layers
-        if len(below) >= limit:
+        if layers > limit:
             raise InvalidArgument(
                 f"the {self.driver.name} driver stacks at most {limit} layers", hint="squash the image's layers"
             )

@@ -85,7 +85,7 @@ class HpmapperDriver(UpperDriver):
             return
         self._detach_snapshots()
         for place in ("i", "l"):
-            for entry in os.scandir(self.home / place):
+            for entry in list(os.scandir(self.home / place)):
                 unmount_path(Path(entry.path) / "m")
         self._pool.detach()
 

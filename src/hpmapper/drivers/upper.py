@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +40,7 @@ class UpperDriver:
         self.home = home
         self.scratch = home / "t"
         self._options = PORTABLE
+        self._device = -1
 
     # What a subclass says of its layers.
 
@@ -67,6 +67,7 @@ class UpperDriver:
     def _make_home(self, *more: str) -> None:
         for name in ("a", "l", "t", "empty", *more):
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._device = os.stat(self.home).st_dev  # each time: a pool attached again may have another
 
     # The contract: see `hpmapper.drivers.base`.
 
@@ -103,10 +104,6 @@ class UpperDriver:
     def _is_mounted(self, target: str) -> bool:
         """Whether an overlay or a map is mounted at `target`: both have a device number of their own."""
         return os.stat(target).st_dev != self._device
-
-    @cached_property
-    def _device(self) -> int:
-        return os.stat(self.home).st_dev
 
     def unmount(self, snapshot: SnapshotId) -> None:
         unmount_path(self._snapshot(snapshot) / "m")
@@ -150,7 +147,7 @@ class UpperDriver:
         return Space.of(self.home)
 
     def _detach_snapshots(self) -> None:
-        for entry in os.scandir(self.home / "a"):
+        for entry in list(os.scandir(self.home / "a")):
             unmount_path(Path(entry.path) / "m")
 
 
@@ -164,7 +161,8 @@ def _copy_root_attributes(upper: str, lowers: Sequence[str]) -> None:
     os.chown(upper, status.st_uid, status.st_gid)
     os.chmod(upper, stat.S_IMODE(status.st_mode))
     for name in os.listxattr(source):
-        if not name.startswith("trusted.overlay."):
+        # What the image escaped stays so in the upper: it is a layer as well.
+        if name.startswith("trusted.overlay.overlay.") or not name.startswith("trusted.overlay."):
             os.setxattr(upper, name, os.getxattr(source, name))
     os.utime(upper, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
@@ -195,6 +193,8 @@ def unmount_path(target: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
+        if error.errno == errno.EINVAL and not mount.is_mountpoint(target):
+            return  # somebody else was faster
         if error.errno != errno.EBUSY:
             raise
         raise FailedPrecondition(f"{target} is in use", hint="stop what runs in it; fuser -vm shows it") from error

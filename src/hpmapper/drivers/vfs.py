@@ -23,6 +23,7 @@ from hpmapper.kernel.fs import filesystem_name
 from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
+from hpmapper.layer.merged import Merged
 from hpmapper.layer.scan import DirectoryView, scan
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
@@ -147,7 +148,8 @@ class VfsDriver:
     def _below(self, chain: Chain) -> Below:
         if not chain:
             return Nothing()
-        return DirectoryView(os.fsencode(self._layer(chain[0]) / "diff"), overlay=False)
+        # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
+        return Merged([DirectoryView(os.fsencode(self._layer(chain[0]) / "diff"), overlay=False)])
 
     def _changed(self, snapshot: SnapshotId, chain: Chain) -> Inode:
         after = scan(os.fsencode(self._snapshot(snapshot) / "m"), overlay=False)

@@ -6,6 +6,9 @@ import struct
 
 from hpmapper.errors import InvalidArgument
 
+XFS_NAMES = frozenset((b"trusted.SGI_ACL_FILE", b"trusted.SGI_ACL_DEFAULT"))
+"""By which XFS lists an ACL a second time, in its own form. Elsewhere they would be attributes that mean nothing."""
+
 _VERSION = struct.pack("<I", 2)
 _ENTRY = struct.Struct("<HHI")
 _NO_ID = 0xFFFFFFFF

@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol
 
 from hpmapper.errors import Corrupt, InvalidArgument
 from hpmapper.files import Pieces, Segments
+from hpmapper.layer.acl import XFS_NAMES
 from hpmapper.layer.recipe import RecipeWriter
 from hpmapper.layer.stream import LayerStream
 from hpmapper.layer.tar import BLOCK, Entry, read_entries
@@ -29,6 +30,7 @@ MAX_ENTRIES = 4_000_000
 MAX_PATH = 4096  # PATH_MAX: beyond it no program could open the file
 MAX_NAME = 255
 MAX_ID = 2**32 - 2
+MAX_SECONDS = 2**63 - 1  # time_t
 MAX_SYMLINKS = 40  # as the kernel's path walk (MAXSYMLINKS)
 _FILE_TYPES = {b"3": stat.S_IFCHR, b"4": stat.S_IFBLK, b"6": stat.S_IFIFO}
 
@@ -92,6 +94,7 @@ class LayerBuilder:
         self.root.xattrs = ((IMPLIED_ROOT, b"y"),)
         self.bound = False
         self.entries = 0
+        self._deleted = False
         self._below = below
         self._sink = sink
         self._recipe = recipe
@@ -114,6 +117,8 @@ class LayerBuilder:
             self._recipe.literal(bytes(rest))
         if self.root.opaque:
             self._hide_all_below()
+        if self._deleted:
+            _drop_idle_deletions(self.root)
 
     def _add(self, entry: Entry, stream: LayerStream) -> None:
         parts = _components(entry.name)
@@ -195,9 +200,10 @@ class LayerBuilder:
         existing = children.get(name)
         if existing is not None:
             existing.opaque = existing.is_dir
-        elif self._ask(b"/".join([*parts[:-1], name])) is not None:
+        elif self._ask(self._place(parts[:-1], name)) is not None:
             # A whiteout of nothing would show up as a device in a directory that no layer below has.
             children[name] = whiteout()
+            self._deleted = True
 
     def _hide_all_below(self) -> None:
         """Write an opaque root as deletions: overlayfs merges its layers' roots whatever their attributes say."""
@@ -209,20 +215,36 @@ class LayerBuilder:
             child.opaque = child.is_dir
 
     def _ask(self, path: bytes) -> Inode | None:
+        """What the layers below have at a resolved path, unless this layer hides it."""
         self.bound = True
-        return self._below.lookup(path)
+        return None if self._hides(path) else self._below.lookup(path)
+
+    def _hides(self, path: bytes) -> bool:
+        at: Inode | None = self.root
+        for part in path.split(b"/"):
+            if at is None or at.children is None:
+                return False
+            if at.opaque:
+                return True
+            at = at.children.get(part)
+        return False
 
     def _parent(self, parts: list[bytes]) -> Inode:
         """The directory of the last component, made as the layers below have it if this one does not say."""
         path = b"/".join(parts[:-1])
         found = self._directories.get(path)
         if found is None:
-            found = self._resolve(parts[:-1])
+            trail = self._resolve(parts[:-1])
+            found = trail[-1][1] if trail else self.root
             self._directories[path] = found
         return found
 
-    def _resolve(self, parts: list[bytes]) -> Inode:
-        """Walk to a directory, following symlinks inside the tree as chroot would."""
+    def _place(self, parts: list[bytes], name: bytes) -> bytes:
+        """The path of `name` in the directory that `parts` lead to, without symlinks: what may be asked below."""
+        return b"/".join([*(step for step, _ in self._resolve(parts)), name])
+
+    def _resolve(self, parts: list[bytes]) -> list[tuple[bytes, Inode]]:
+        """Walk to a directory, following symlinks inside the tree as chroot would; returns the way there."""
         trail: list[tuple[bytes, Inode]] = []  # the way from the root, so that ".." in a symlink can go back
         todo = parts[::-1]
         followed = 0
@@ -243,7 +265,7 @@ class LayerBuilder:
                 todo.extend(step for step in reversed(child.target.split(b"/")) if step not in (b"", b"."))
             else:
                 trail.append((part, child))
-        return trail[-1][1] if trail else self.root
+        return trail
 
     def _step(self, here: Inode, trail: list[bytes], part: bytes) -> Inode:
         """The directory or symlink `part` of `here`; a directory that only the layers below have is copied."""
@@ -286,7 +308,7 @@ class LayerBuilder:
         return target
 
     def _from_below(self, entry: Entry, parts: list[bytes]) -> Inode:
-        path = b"/".join(parts)
+        path = self._place(parts[:-1], parts[-1])
         below = self._ask(path)
         if below is None:
             raise Corrupt(f"tar member {entry.name!r} is a hard link to {entry.link!r}, which does not exist")
@@ -328,7 +350,8 @@ def _components(name: bytes) -> list[bytes]:
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if b".." in parts or b"\0" in name:
         raise InvalidArgument(f"tar member {name[:200]!r} points out of the layer")
-    if len(name) > MAX_PATH or any(len(part) > MAX_NAME for part in parts):
+    bare = [*parts[:-1], parts[-1].removeprefix(WHITEOUT_PREFIX)] if parts else []
+    if len(name) > MAX_PATH or any(len(part) > MAX_NAME for part in bare):
         raise InvalidArgument(f"tar member {name[:80]!r}... has a name longer than Linux allows")
     return parts
 
@@ -336,6 +359,8 @@ def _components(name: bytes) -> list[bytes]:
 def _set_attributes(inode: Inode, entry: Entry) -> None:
     if not (0 <= entry.uid <= MAX_ID and 0 <= entry.gid <= MAX_ID):
         raise InvalidArgument(f"tar member {entry.name!r} has an owner that cannot exist: {entry.uid}:{entry.gid}")
+    if abs(entry.mtime_ns) > MAX_SECONDS * 1_000_000_000:
+        raise InvalidArgument(f"tar member {entry.name!r} has a time that Linux cannot count to")
     inode.mode = stat.S_IFMT(inode.mode) | (0o777 if entry.type == b"2" else entry.mode)
     inode.uid, inode.gid, inode.mtime_ns = entry.uid, entry.gid, entry.mtime_ns
     inode.xattrs = _checked(entry) if entry.xattrs else ()
@@ -350,12 +375,12 @@ def _checked(entry: Entry) -> Xattrs:
             raise InvalidArgument(f"tar member {entry.name!r} has an extended attribute Linux refuses: {name[:80]!r}")
     # overlayfs reads user.overlay.* where it runs without privileges; nothing of a tar may speak to it.
     kept = ((name, value) for name, value in entry.xattrs if not name.startswith((b"user.overlay.", IMPLIED_ROOT)))
-    return tuple(kept)
+    return tuple((name, value) for name, value in kept if name not in XFS_NAMES)
 
 
 def _symlink(entry: Entry) -> Inode:
-    if not entry.link or len(entry.link) >= MAX_PATH:
-        raise InvalidArgument(f"tar member {entry.name!r} is a symlink with an empty or overlong target")
+    if not entry.link or len(entry.link) >= MAX_PATH or b"\0" in entry.link:
+        raise InvalidArgument(f"tar member {entry.name!r} is a symlink with an empty or impossible target")
     inode = Inode(stat.S_IFLNK | 0o777)
     inode.target, inode.size = entry.link, len(entry.link)
     return inode
@@ -364,4 +389,22 @@ def _symlink(entry: Entry) -> Inode:
 def _device(entry: Entry) -> int:
     if not (0 <= entry.major < 1 << 12 and 0 <= entry.minor < 1 << 20):
         raise InvalidArgument(f"tar member {entry.name!r} has a device number Linux lacks: {entry.major}:{entry.minor}")
+    if entry.type == b"3" and entry.major == entry.minor == 0:
+        raise InvalidArgument(
+            f"tar member {entry.name!r} is the device 0:0, by which overlayfs means a deletion",
+            hint="in a layer a deletion is a member whose name begins with .wh.",
+        )
     return os.makedev(entry.major, entry.minor)
+
+
+def _drop_idle_deletions(root: Inode) -> None:
+    """Remove whiteouts inside opaque directories: they delete nothing there, and overlayfs lists them."""
+    pending = [(root, False)]
+    while pending:
+        here, hidden = pending.pop()
+        children = here.entries()
+        hidden = hidden or here.opaque
+        if hidden:
+            for name in [name for name, child in children.items() if child.is_whiteout]:
+                del children[name]
+        pending.extend((child, hidden) for child in children.values() if child.is_dir)

@@ -14,7 +14,7 @@ from hpmapper.errors import InvalidArgument
 from hpmapper.layer.build import OPAQUE_MARKER, WHITEOUT_PREFIX, Below
 from hpmapper.layer.tar import BLOCK
 from hpmapper.model import Change, ChangeKind
-from hpmapper.tree import Inode, walk
+from hpmapper.tree import Inode, walk, whiteout
 
 OpenData = Callable[[bytes], BinaryIO]
 """Opens the data of the regular file at a path of the tree."""
@@ -35,29 +35,33 @@ def changes(tree: Inode, below: Below) -> Iterator[Change]:
 
     A directory counts as changed when something in it changed, as in `docker diff`. The root is not listed.
     """
-    fresh: bytes | None = None  # a directory that hides all below its path: what is in it is new
+    new: bytes | None = None  # the beginning of paths in a directory where there was none
+    covered: bytes | None = None  # in a directory that hides the former one
     for path, inode in walk(tree):
         if not path:
             continue
-        if fresh is not None and not path.startswith(fresh):
-            fresh = None
-        before = below.lookup(path) if fresh is None else None
+        if new is not None and not path.startswith(new):
+            new = None
+        if covered is not None and not path.startswith(covered):
+            covered = None
+        before = below.lookup(path) if new is None else None
         if inode.is_whiteout:
             if before is not None:
                 yield Change(ChangeKind.DELETED, b"/" + path)
             continue
         yield Change(ChangeKind.CHANGED if before is not None else ChangeKind.ADDED, b"/" + path)
-        if inode.is_dir and fresh is None and (before is None or inode.opaque or not before.is_dir):
-            fresh = path + b"/"
-            if before is not None and before.is_dir:
-                yield from _hidden(path, inode, below)
+        if inode.is_dir and new is None:
+            if before is None or not before.is_dir:
+                new = path + b"/"
+            elif inode.opaque or covered is not None:
+                covered = covered or path + b"/"
+                _spell_out(path, inode, below)
 
 
-def _hidden(path: bytes, inode: Inode, below: Below) -> Iterator[Change]:
-    """The entries that an opaque directory takes away."""
+def _spell_out(path: bytes, inode: Inode, below: Below) -> None:
+    """Enter deletions into a directory for what it hides: `walk` then brings them in their places."""
     for name in below.names(path):
-        if name not in inode.entries():
-            yield Change(ChangeKind.DELETED, path.join((b"/", b"/")) + name)
+        inode.entries().setdefault(name, whiteout())
 
 
 def write_tar(tree: Inode, open_data: OpenData, out: BinaryIO) -> None:

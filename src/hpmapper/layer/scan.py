@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from hpmapper.layer.acl import XFS_NAMES
 from hpmapper.tree import Inode, Xattrs
 
 OVERLAY = b"trusted.overlay."
@@ -79,8 +80,9 @@ def _from_status(path: bytes, status: os.stat_result, overlay: bool) -> Inode:
 
 
 def _xattrs(path: bytes) -> Xattrs:
-    names = os.listxattr(path, follow_symlinks=False)
-    return tuple((os.fsencode(name), os.getxattr(path, name, follow_symlinks=False)) for name in sorted(names))
+    names = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=False)]
+    kept = sorted(name for name in names if name not in XFS_NAMES) if names else ()
+    return tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in kept)
 
 
 def _without_overlay(raw: Xattrs) -> Iterator[tuple[bytes, bytes]]:

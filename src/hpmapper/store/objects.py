@@ -156,7 +156,7 @@ class Staging:
             os.unlink(staged)  # another ingest was first
         except FileNotFoundError:
             os.makedirs(os.path.dirname(final), mode=0o700, exist_ok=True)
-            sync.rename_noreplace(staged, final)
+            self._publish_one(digest)  # again from the start: another ingest may be publishing the same
 
     def _known(self, digest: ObjectDigest, size: int) -> bool:
         if digest in self.objects:
