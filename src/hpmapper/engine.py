@@ -1,6 +1,6 @@
 """The way: from a layer's tar to a mounted root, one transaction per operation.
 
-    take_layer  a layer's snapshot: there already, or ingested from its blob
+    take_layers an image's layers: there already, or ingested from their blobs
     ingest      tar → the driver's storage → recorded as a committed snapshot
     prepare     a writable snapshot on top of one
     mount       its root file system, at a path
@@ -16,29 +16,35 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults
-from hpmapper.drivers.base import Driver, Ingested, Progress
+from hpmapper.drivers.base import Driver, Fresh, Ingested, Progress
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Layer, Snapshot
 from hpmapper.model import Change, Kind, ObjectDigest, SnapshotId, Usage
-from hpmapper.pipe import piped
+from hpmapper.pipe import piped, stoppable
 from hpmapper.pool.floor import Floor, check_floor
 from hpmapper.store import workspace
 from hpmapper.store.workspace import Workspace
 
 log = logging.getLogger(__name__)
+
+_READERS = min(4, os.cpu_count() or 1)
+"""Layers of one image that are read at a time: decompression and digests leave Python's lock to the others."""
 
 _ROOM_SECONDS = 0.2
 """How long an answer about free space holds: a container starts in half a millisecond, asking takes a tenth of it."""
@@ -63,6 +69,17 @@ class Collected:
     bytes: int
     waiting: bool
 
+
+class Blob(NamedTuple):
+    """A layer on offer: what it is promised to be, how its compressed bytes are read, who is told of them."""
+
+    expect: Expected
+    open: Callable[[], BinaryIO]
+    progress: Progress | None = None
+
+
+Parent = Callable[[], Snapshot | None]
+"""Tells the snapshot below, waiting for it if need be."""
 
 Also = Callable[[snapshots.Transaction, SnapshotId], object]
 """What a caller records together with a change of a snapshot: both happen or none."""
@@ -102,27 +119,54 @@ class Engine:
 
     # Layers in.
 
-    def take_layer(
-        self,
-        parent: Snapshot | None,
-        expect: Expected,
-        open_blob: Callable[[], BinaryIO],
-        lease: str | None = None,
-        progress: Progress | None = None,
-    ) -> Taken:
-        """The committed snapshot of a layer on top of `parent`, read from its blob only if nothing has it yet.
+    def take_layers(self, blobs: Sequence[Blob], lease: str | None = None) -> list[Taken]:
+        """The committed snapshots of an image's layers, the lowest first; only what nothing has yet is read.
 
-        Raises as `ingest`.
+        These are all: what the image's containers would wait for is made ready as well. Several layers are read at a
+        time, each recorded once the one below it is.
+
+        Raises as `ingest`, for the lowest layer that failed.
         """
-        known = self._known_layer(parent, expect.diff_id, lease) if expect.diff_id else None
+        self._require_room(len(blobs))
+        stop = threading.Event()
+        taken: list[Future[Taken]] = []
+        with ThreadPoolExecutor(_READERS, "take-layer") as readers:
+            try:
+                key: str | None = None
+                for blob in blobs:
+                    parent = partial(_snapshot_of, taken[-1]) if taken else _nothing
+                    known = blob.expect.diff_id is not None and (key is not None or not taken)
+                    key = chain_id(key, blob.expect.diff_id) if known and blob.expect.diff_id else None
+                    taken.append(readers.submit(self._take, key, parent, blob, lease, stop))
+                wait(taken, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()  # what still reads for an image that failed, or that nobody waits for, ends now
+        done = [future.result() for future in taken if not future.exception()]
+        fresh = {one.ingested.layer: one.ingested.fresh for one in done if one.ingested and one.ingested.fresh}
+        try:
+            layers = [future.result() for future in taken]
+            if layers:
+                self.finish(layers[-1].snapshot, fresh)
+        finally:
+            for one in done:
+                _let_go(one)
+        return layers
+
+    def take_layer(self, parent: Snapshot | None, blob: Blob, lease: str | None = None) -> Taken:
+        """The committed snapshot of one layer on top of `parent`; see `take_layers`."""
+        key = chain_id(parent.key if parent else None, blob.expect.diff_id) if blob.expect.diff_id else None
+        return _let_go(self._take(key, lambda: parent, blob, lease, threading.Event()))
+
+    def _take(self, key: str | None, parent: Parent, blob: Blob, lease: str | None, stop: threading.Event) -> Taken:
+        known = self._known_layer(key, parent, blob.expect.diff_id, lease) if key and blob.expect.diff_id else None
         if known:
             return Taken(known, None)
-        with open_blob() as blob:
-            return self.ingest(parent, blob, expect, lease, progress)
+        with blob.open() as data:
+            return self._ingest(parent, stoppable(data, stop), blob.expect, lease, blob.progress)
 
-    def finish(self, top: Snapshot) -> None:
+    def finish(self, top: Snapshot, fresh: Mapping[SnapshotId, Fresh] | None = None) -> None:
         """An image's layers are complete: make ready what its containers would wait for."""
-        self.driver.finish(self._chain(top))
+        self.driver.finish(self._chain(top), fresh or {})
 
     @contextmanager
     def lease(self) -> Iterator[str]:
@@ -148,14 +192,18 @@ class Engine:
             Corrupt: the blob is damaged or not what `expect` says. InvalidArgument: it is hostile.
             NoSpace: the pool is too full. In each case nothing of it is left.
         """
-        below = self._chain(parent)
-        self._require_room(len(below) + 1)
+        self._require_room(len(self._chain(parent)) + 1)
+        return _let_go(self._ingest(lambda: parent, blob, expect, lease, progress))
+
+    def _ingest(
+        self, parent: Parent, blob: BinaryIO, expect: Expected, lease: str | None, progress: Progress | None
+    ) -> Taken:
         with self._workspace().directory() as work, self.driver.pin():
             key = f"ingest-{work.parent.name}-{work.name}"
-            with self._making(key, Kind.COMMITTED, parent, self.driver.remove_layer) as snapshot:
-                facts = self.driver.ingest(snapshot, below, blob, work, expect, progress)
+            with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as snapshot:
+                facts = self.driver.ingest(snapshot, lambda: self._chain(parent()), blob, work, expect, progress)
                 faults.point("ingest.stored")
-                found = self._record(parent, snapshot, facts, lease)
+                found = self._record(parent(), snapshot, facts, lease)
         return Taken(found, facts)
 
     def rebuild(self, layer: Layer) -> None:
@@ -171,13 +219,15 @@ class Engine:
                 snapshots.mark_damaged(transaction, layer.id)  # so that the new one is taken for its healing
             self.ingest(parent, tar, Expected(diff_id=layer.diff_id))
 
-    def _known_layer(self, parent: Snapshot | None, diff_id: str, lease: str | None) -> Snapshot | None:
-        key = chain_id(parent.key if parent else None, diff_id)
+    def _known_layer(self, key: str, parent: Parent, diff_id: str, lease: str | None) -> Snapshot | None:
+        """The snapshot of that chain ID, if there is one or a layer that can stand for it; waits for no other."""
+        adoptable = self.driver.capabilities.shares_layers and snapshots.unbound_layer(self.db, diff_id) is not None
+        below = parent() if adoptable else None
         with self.db.transaction() as transaction:
             found = snapshots.find(transaction, key)
             if found and snapshots.is_damaged(transaction, found):
                 return None
-            snapshot = found.id if found else self._adopt(transaction, key, parent, diff_id)
+            snapshot = found.id if found else self._adopt(transaction, key, below, diff_id) if adoptable else None
             if snapshot is not None and lease:
                 snapshots.hold(transaction, lease, snapshot)
         return snapshots.by_id(self.db, snapshot) if snapshot is not None else None
@@ -185,13 +235,12 @@ class Engine:
     def _adopt(
         self, transaction: snapshots.Transaction, key: str, parent: Snapshot | None, diff_id: str
     ) -> SnapshotId | None:
-        """Let a layer that came with another chain stand on `parent` too, if the driver and the layer allow it."""
-        shared = self.driver.capabilities.shares_layers
-        layer = snapshots.unbound_layer(transaction, diff_id) if shared else None
+        """Let a layer that came with another chain stand on `parent` too, if there still is one."""
+        layer = snapshots.unbound_layer(transaction, diff_id)
         if layer is None:
             return None
         snapshot = snapshots.begin(transaction, key, Kind.COMMITTED, parent, self._workspace().token)
-        snapshots.committed(transaction, snapshot, key, layer)
+        snapshots.committed(transaction, snapshot, key, layer, parent)
         return snapshot
 
     def _record(self, parent: Snapshot | None, snapshot: SnapshotId, facts: Ingested, lease: str | None) -> Snapshot:
@@ -213,7 +262,7 @@ class Engine:
             if not superfluous:
                 snapshots.add_layer(transaction, layer, facts.objects)
             if winner is None:
-                snapshots.committed(transaction, snapshot, key, snapshot)
+                snapshots.committed(transaction, snapshot, key, snapshot, parent)
             elif winner.layer is not None and not superfluous:
                 snapshots.heal(transaction, winner.layer, snapshot)
                 snapshots.forget(transaction, snapshot)
@@ -439,3 +488,18 @@ def chain_id(parent: str | None, diff_id: str) -> str:
     if parent is None:
         return diff_id
     return "sha256:" + hashlib.sha256(f"{parent} {diff_id}".encode("ascii")).hexdigest()
+
+
+def _nothing() -> None:
+    """The parent of the lowest layer."""
+
+
+def _snapshot_of(taken: Future[Taken]) -> Snapshot:
+    return taken.result().snapshot
+
+
+def _let_go(taken: Taken) -> Taken:
+    """Close what was kept of a layer for `finish`."""
+    if taken.ingested and taken.ingested.fresh:
+        taken.ingested.fresh.spool.close()
+    return taken

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from hpmapper import faults
-from hpmapper.engine import Engine, Taken
+from hpmapper.engine import Blob, Engine, Taken
 from hpmapper.errors import InvalidArgument, NotFound
 from hpmapper.image import oci, reference
 from hpmapper.image.opening import SourceOptions, open_source
@@ -70,16 +70,14 @@ class Images:
             return [self._bring_one(image, wanted or image.names, lease, watcher) for image in found]
 
     def _bring_one(self, image: SourceImage, names: Sequence[str], lease: str, watcher: Watcher) -> Brought:
-        parent: Snapshot | None = None
-        layers: list[Taken] = []
-        for number, blob in enumerate(image.layers):
-            progress = watcher.layer(number, len(image.layers), blob.size)
-            taken = self._engine.take_layer(parent, _expected(blob), blob.open, lease, progress)
+        blobs = [
+            Blob(_expected(blob), blob.open, watcher.layer(number, len(image.layers), blob.size))
+            for number, blob in enumerate(image.layers)
+        ]
+        layers = self._engine.take_layers(blobs, lease)
+        for number, taken in enumerate(layers):
             watcher.layer_done(number, taken)
-            layers.append(taken)
-            parent = taken.snapshot
-        if parent is not None:
-            self._engine.finish(parent)
+        parent = layers[-1].snapshot if layers else None
         unpacked = [self._unpacked(taken.snapshot) for taken in layers]
         final = image.finish(unpacked)
         row = self.record(final.config_bytes, parent, sum(layer.size for layer in unpacked), names)

@@ -63,3 +63,19 @@ def piped(write: Callable[[BinaryIO], None]) -> Iterator[BinaryIO]:
     finally:
         reader.close()
         thread.join()
+
+
+def stoppable(stream: BinaryIO, stop: threading.Event) -> BinaryIO:
+    """The stream, whose reads fail once `stop` is set, so that the thread that reads it comes to an end."""
+    return cast(BinaryIO, _Stoppable(stream, stop))
+
+
+class _Stoppable(io.RawIOBase):
+    def __init__(self, stream: BinaryIO, stop: threading.Event) -> None:
+        self._stream = stream
+        self._stop = stop
+
+    def read(self, size: int = -1) -> bytes:
+        if self._stop.is_set():
+            raise InterruptedError("nobody waits for this any more")
+        return self._stream.read(size)

@@ -16,7 +16,7 @@ import pytest
 from hpmapper.check import Finding, check
 from hpmapper.config import Config
 from hpmapper.drivers.hpmapper import HpmapperDriver
-from hpmapper.engine import Engine, chain_id
+from hpmapper.engine import Blob, Engine, chain_id
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import images, snapshots
 from hpmapper.meta.snapshots import Layer, Snapshot
@@ -55,7 +55,7 @@ def bring(engine: Engine) -> Snapshot:
     parent = None
     for tar in TARS:
         diff_id = f"sha256:{hashlib.sha256(tar).hexdigest()}"
-        parent = engine.take_layer(parent, Expected(diff_id), partial(io.BytesIO, tar)).snapshot
+        parent = engine.take_layer(parent, Blob(Expected(diff_id), partial(io.BytesIO, tar))).snapshot
     assert parent is not None
     engine.finish(parent)
     with engine.db.transaction() as transaction:

@@ -230,7 +230,7 @@ def _cached(side: Side) -> int:
 
 
 def versions(work: Path, runs: int, layouts: list[Path]) -> Samples:
-    """Two versions of one image, a tenth of the files changed: MiB on disk, and in the page cache once both are read."""
+    """Two versions of one image, a tenth of the files changed: MiB on disk, and in the page cache once read."""
     from hpmapper.bench.layout import silent_bring
 
     samples: Samples = {}

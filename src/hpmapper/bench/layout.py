@@ -14,7 +14,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from hpmapper.bench.measure import cached_below, drop_caches, files, read_all, regular_files
 from hpmapper.containers import Containers
-from hpmapper.drivers.base import Chain
+from hpmapper.drivers.base import Chain, Fresh
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.upper import METADATA_COPIES
 from hpmapper.engine import Engine, Taken
@@ -34,6 +34,7 @@ from hpmapper.kernel.mount import ErofsForm
 from hpmapper.kernel.sync import syncfs
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Snapshot
+from hpmapper.model import SnapshotId
 from hpmapper.pool import open_pool
 from hpmapper.pool.base import GIB, Pool, PoolConfig, PoolKind
 from hpmapper.pool.floor import Floor
@@ -49,7 +50,7 @@ class StackedDriver(HpmapperDriver):
         super().__init__(pool, inline_below=inline_below, map_form=map_form)
         self._options = METADATA_COPIES
 
-    def finish(self, chain: Chain) -> None:
+    def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         """Nothing is merged."""
 
     def _lowers(self, chain: Chain) -> list[str]:

@@ -9,8 +9,8 @@ Vocabulary
 Lifecycle, by two examples
     Importing an image of two layers, then running a container:
 
-        driver.ingest(1, [], blob, work)            layer 1: the tar becomes storage; durable when it returns
-        driver.ingest(2, [1], blob, work)           layer 2, on top of layer 1
+        driver.ingest(1, …[], blob, work)           layer 1: the tar becomes storage; durable when it returns
+        driver.ingest(2, …[1], blob, work)          layer 2, on top of layer 1
         driver.finish([2, 1])                       the image is complete
         driver.prepare(3, [2, 1])                   snapshot 3: an empty writable place above both
         root = driver.mount(3, [2, 1])              the container's root file system, at a path
@@ -39,13 +39,16 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from hpmapper.layer.stream import Digests, Expected
 from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
+from hpmapper.tree import Inode
 
 Chain = Sequence[SnapshotId]
 """Layers, nearest first: the parent's, then its parent's, …"""
+
+ChainBelow = Callable[[], Chain]
 
 Progress = Callable[[int], None]
 """Told how many more bytes of the compressed layer were read."""
@@ -72,19 +75,29 @@ class Capabilities:
     mounts: bool
 
 
+class Fresh(NamedTuple):
+    """A layer's tree as it was just built, and the open file that its inodes' offsets point into."""
+
+    tree: Inode
+    spool: BinaryIO
+
+
 @dataclass(frozen=True, slots=True)
 class Ingested:
     """What became of a layer's tar.
 
     Attributes:
+        layer: its number.
         digests: of the stream, verified by the caller against what was promised.
         bound: holds above this chain only.
         digest: of the driver's own form of the layer (the map), for fsck.
         objects: the stored objects that it needs, with their sizes in bytes.
         size: bytes newly occupied. deduplicated: bytes that were there already and so were not written.
         inodes: members of the tar.
+        fresh: what `finish` can use instead of reading the layer again; whoever holds this closes its spool.
     """
 
+    layer: SnapshotId
     digests: Digests
     bound: bool
     digest: bytes | None
@@ -92,6 +105,7 @@ class Ingested:
     size: int
     deduplicated: int
     inodes: int
+    fresh: Fresh | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +153,18 @@ class Driver(Protocol):
         """
 
     def ingest(
-        self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
+        self,
+        layer: SnapshotId,
+        below: ChainBelow,
+        blob: BinaryIO,
+        work: Path,
+        expect: Expected,
+        progress: Progress | None,
     ) -> Ingested:
         """Make a layer from a compressed or plain tar, in one pass; whole and durable when this returns.
+
+        `below` tells the chain that the layer goes on top of, and waits for it if it is still being ingested: a driver
+        that asks only if the tar leaves something to the chain ingests an image's layers side by side.
 
         `work` is an empty directory in `scratch`, for the driver's use, removed by the caller whatever happens.
 
@@ -150,8 +173,11 @@ class Driver(Protocol):
             In each case nothing of it is left (but perhaps in `work`).
         """
 
-    def finish(self, chain: Chain) -> None:
-        """An image's last layer is in: make ready what its containers would wait for. `prepare` does it if need be."""
+    def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
+        """An image's last layer is in: make ready what its containers would wait for. `prepare` does it if need be.
+
+        `fresh` has the trees of those layers that have just been ingested; they are used up.
+        """
 
     def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
         """Make a place for a container's changes on top of a chain (which may be empty)."""

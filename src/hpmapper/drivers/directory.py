@@ -24,6 +24,7 @@ from hpmapper.layer.build import IMPLIED_ROOT, Below, LayerBuilder
 from hpmapper.layer.recipe import RecipeWriter, replay
 from hpmapper.layer.scan import ESCAPED, OPAQUE, OVERLAY
 from hpmapper.layer.stream import Expected, LayerStream
+from hpmapper.model import SnapshotId
 from hpmapper.store.workspace import remove_tree
 from hpmapper.tree import Inode, walk
 
@@ -90,7 +91,9 @@ def unpack(
     made.rename(layer)
     faults.point("ingest.layer-renamed")
     sync.syncfs(work)
-    return Ingested(stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries)
+    return Ingested(
+        SnapshotId(int(layer.name)), stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries
+    )
 
 
 def read_tar(layer: Path) -> Iterator[bytes]:

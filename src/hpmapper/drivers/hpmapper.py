@@ -23,24 +23,24 @@ from __future__ import annotations
 import gc
 import io
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from blake3 import blake3
 
 from hpmapper import faults
-from hpmapper.drivers.base import Capabilities, Chain, Ingested, Problem, Progress, Stored
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
 from hpmapper.drivers.upper import UpperDriver, unmount_path
 from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
 from hpmapper.errors import HpmapperError
 from hpmapper.kernel import lock, mount, sync
 from hpmapper.layer.build import Below, LayerBuilder
-from hpmapper.layer.merge import merge
-from hpmapper.layer.merged import Merged
+from hpmapper.layer.merge import Spools, merge
+from hpmapper.layer.merged import Later, Merged
 from hpmapper.layer.recipe import RecipeWriter, replay
 from hpmapper.layer.stream import Digests, Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId, Space
@@ -93,31 +93,44 @@ class HpmapperDriver(UpperDriver):
         return self._objects.shared()
 
     def ingest(
-        self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
+        self,
+        layer: SnapshotId,
+        below: ChainBelow,
+        blob: BinaryIO,
+        work: Path,
+        expect: Expected,
+        progress: Progress | None,
     ) -> Ingested:
         made = work / "layer"
         (made / "m").mkdir(mode=0o700, parents=True)
-        with Staging(self._objects, work, self._inline_below) as staging, _no_cycle_collection():
-            builder, digests = self._read(blob, chain, made / "tar", staging, progress)
-            expect.verify(digests)
-            map_digest, map_size = _write_map(builder.root, staging.spool, made / "map", digests.diff_id[7:39])
-            faults.point("ingest.map-written")
-            sync.syncfs(work)
-            faults.point("ingest.synced")
-            staging.publish()
-            made.rename(self._layer(layer))
-            faults.point("ingest.layer-renamed")
-            sync.syncfs(work)
-        size = map_size + (self._layer(layer) / "tar").stat().st_size + staging.new_bytes
+        spool = (work / "spool").open("w+b")
+        try:
+            with Staging(self._objects, work, spool, self._inline_below) as staging, _no_cycle_collection():
+                builder, digests = self._read(blob, below, made / "tar", staging, progress)
+                expect.verify(digests)
+                staging.start_writeback()
+                map_digest, map_size = _write_map(builder.root, spool, made / "map", digests.diff_id[7:39])
+                faults.point("ingest.map-written")
+                sync.syncfs(work)
+                faults.point("ingest.synced")
+                staging.publish()
+                made.rename(self._layer(layer))
+                faults.point("ingest.layer-renamed")
+                sync.syncfs(work)
+            size = map_size + (self._layer(layer) / "tar").stat().st_size + staging.new_bytes
+        except BaseException:
+            spool.close()
+            raise
         known = sum(staging.objects.values()) - staging.new_bytes
-        return Ingested(digests, builder.bound, map_digest, staging.objects, size, known, builder.entries)
+        fresh = Fresh(builder.root, spool)
+        return Ingested(layer, digests, builder.bound, map_digest, staging.objects, size, known, builder.entries, fresh)
 
     def _read(
-        self, blob: BinaryIO, chain: Chain, recipe: Path, staging: Staging, progress: Progress | None
+        self, blob: BinaryIO, below: ChainBelow, recipe: Path, staging: Staging, progress: Progress | None
     ) -> tuple[LayerBuilder, Digests]:
-        with LayerStream(blob, progress) as stream, recipe.open("wb") as out, self._below(chain) as below:
+        with LayerStream(blob, progress) as stream, recipe.open("wb") as out, self._below(below) as merged:
             writer = RecipeWriter(out)
-            builder = LayerBuilder(below, staging, writer)
+            builder = LayerBuilder(merged, staging, writer)
             builder.read(stream)
             writer.close()
             return builder, stream.digests
@@ -126,18 +139,18 @@ class HpmapperDriver(UpperDriver):
         with (self._layer(layer) / "tar").open("rb") as recipe:
             yield from replay(recipe, lambda name: self._objects.open(ObjectDigest(name)))
 
-    def finish(self, chain: Chain) -> None:
+    def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         if len(chain) > 1 and not (self._image(chain) / "map").exists():
-            self._merge(chain)
+            self._merge(chain, fresh)
 
-    def _merge(self, chain: Chain) -> None:
+    def _merge(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         """Make the image's map. It can be made again from the layers' maps at any time, so nothing records it."""
         image = self._image(chain)
-        with workspace(self.scratch) as work, _no_cycle_collection():
+        with workspace(self.scratch) as work:
             made = work / "image"
             (made / "m").mkdir(mode=0o700, parents=True)
             (made / "chain").write_text(_chain_text(chain))
-            self._write_merged(chain, work, made / "map", image.name)
+            self._write_merged(chain, fresh, work, made / "map", image.name)
             sync.syncfs(work)
             try:
                 sync.rename_noreplace(made, image)
@@ -145,13 +158,19 @@ class HpmapperDriver(UpperDriver):
                 pass  # another process was first
         faults.point("finish.merged")
 
-    def _write_merged(self, chain: Chain, work: Path, path: Path, uuid: str) -> None:
-        with (work / "spool").open("w+b") as spool:
-            _write_map(merge(self._tree(layer, spool) for layer in reversed(chain)), spool, path, uuid)
+    def _write_merged(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh], work: Path, path: Path, uuid: str) -> None:
+        spools = Spools()
+        with ExitStack() as stack, _no_cycle_collection():
+            trees = []
+            for layer in reversed(chain):
+                tree, spool = fresh.get(layer) or self._read_again(layer, work, stack)
+                trees.append(spools.add(tree, spool))
+            _write_map(merge(trees), cast(BinaryIO, spools), path, uuid)
 
-    def _tree(self, layer: SnapshotId, spool: BinaryIO) -> Inode:
-        with Map.open(self._layer(layer) / "map") as map_file:
-            return map_file.tree(spool)
+    def _read_again(self, layer: SnapshotId, work: Path, stack: ExitStack) -> Fresh:
+        spool = stack.enter_context((work / f"spool-{layer}").open("w+b"))
+        with Map.open(self._layer(layer) / "map") as layer_map:
+            return Fresh(layer_map.tree(spool), spool)
 
     def remove_layer(self, layer: SnapshotId) -> None:
         for image in self._images_with(layer):
@@ -194,7 +213,7 @@ class HpmapperDriver(UpperDriver):
         try:
             chain = [SnapshotId(int(number)) for number in (image / "chain").read_text().split(",")]
             with workspace(self.scratch) as work:
-                self._write_merged(chain, work, work / "map", image.name)
+                self._write_merged(chain, {}, work, work / "map", image.name)
                 same = _file_digest(work / "map") == _file_digest(image / "map")
         except (HpmapperError, OSError, ValueError) as error:
             return f"cannot be compared with its layers: {error}"
@@ -229,7 +248,7 @@ class HpmapperDriver(UpperDriver):
         try:
             return [self._mounted(image)]
         except FileNotFoundError:
-            self.finish(chain)
+            self.finish(chain, {})
             return [self._mounted(image)]
 
     def _mounted(self, path: str) -> str:
@@ -245,11 +264,14 @@ class HpmapperDriver(UpperDriver):
         return str(self._objects.directory)
 
     @contextmanager
-    def _below(self, chain: Chain) -> Iterator[Below]:
-        image = self._image(chain) / "map"
-        paths = [image] if chain and image.exists() else [self._layer(layer) / "map" for layer in chain]
+    def _below(self, chain: ChainBelow) -> Iterator[Below]:
         with ExitStack() as stack:
-            yield Merged([_LazyMap(path, self._objects, stack) for path in paths])
+            yield Later(lambda: Merged([_LazyMap(path, self._objects, stack) for path in self._maps(chain())]))
+
+    def _maps(self, chain: Chain) -> list[Path]:
+        """The maps that tell what a chain shows: the image's, if it is there, or the layers'."""
+        image = self._image(chain) / "map" if chain else None
+        return [image] if image and image.exists() else [self._layer(layer) / "map" for layer in chain]
 
 
 def _chain_text(chain: Chain) -> str:

@@ -10,18 +10,18 @@ same file in two layers twice.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, Ingested, Problem, Progress
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress
 from hpmapper.drivers.upper import UpperDriver
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
 from hpmapper.layer.build import Below
-from hpmapper.layer.merged import Merged
+from hpmapper.layer.merged import Later, Merged
 from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Expected
 from hpmapper.model import ObjectDigest, SnapshotId
@@ -52,13 +52,19 @@ class OverlayDriver(UpperDriver):
         return nullcontext()
 
     def ingest(
-        self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
+        self,
+        layer: SnapshotId,
+        below: ChainBelow,
+        blob: BinaryIO,
+        work: Path,
+        expect: Expected,
+        progress: Progress | None,
     ) -> Ingested:
         (work / "layer" / "diff").mkdir(parents=True)
-        with self._below(chain) as below:
-            return directory.unpack(blob, below, work, self._layer(layer), directory.Dialect.OVERLAY, expect, progress)
+        with self._below(below) as merged:
+            return directory.unpack(blob, merged, work, self._layer(layer), directory.Dialect.OVERLAY, expect, progress)
 
-    def finish(self, chain: Chain) -> None:
+    def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         """Every layer is ready as it is."""
 
     def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
@@ -91,5 +97,5 @@ class OverlayDriver(UpperDriver):
     def _data(self) -> None:
         return None
 
-    def _below(self, chain: Chain) -> AbstractContextManager[Below]:
-        return nullcontext(Merged([DirectoryView(os.fsencode(path)) for path in self._lowers(chain)]))
+    def _below(self, chain: ChainBelow) -> AbstractContextManager[Below]:
+        return nullcontext(Later(lambda: Merged([DirectoryView(os.fsencode(path)) for path in self._lowers(chain())])))

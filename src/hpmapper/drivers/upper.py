@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper import faults
-from hpmapper.drivers.base import Chain, Stored
+from hpmapper.drivers.base import Chain, ChainBelow, Stored
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import fiemap, lock, mount
 from hpmapper.layer.build import IMPLIED_ROOT, Below
@@ -52,7 +52,7 @@ class UpperDriver:
         """The data-only layer, if the driver has one."""
         raise NotImplementedError
 
-    def _below(self, chain: Chain) -> AbstractContextManager[Below]:
+    def _below(self, chain: ChainBelow) -> AbstractContextManager[Below]:
         """The merged view of a chain, without mounting it."""
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class UpperDriver:
         unmount_path(self._snapshot(snapshot) / "m")
 
     def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
-        with self._below(chain) as below:
+        with self._below(lambda: chain) as below:
             yield from changes(self._changed(snapshot, chain), below)
 
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:

@@ -9,14 +9,14 @@ Copies share extents where the file system can. Works where mounting is forbidde
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper import faults
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, Ingested, Problem, Progress, Stored
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
 from hpmapper.drivers.upper import disk_usage, numbers
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
@@ -67,8 +67,15 @@ class VfsDriver:
         return nullcontext()
 
     def ingest(
-        self, layer: SnapshotId, chain: Chain, blob: BinaryIO, work: Path, expect: Expected, progress: Progress | None
+        self,
+        layer: SnapshotId,
+        below: ChainBelow,
+        blob: BinaryIO,
+        work: Path,
+        expect: Expected,
+        progress: Progress | None,
     ) -> Ingested:
+        chain = below()
         self._copy(chain, work / "layer" / "diff")
         return directory.unpack(
             blob, self._below(chain), work, self._layer(layer), directory.Dialect.APPLIED, expect, progress
@@ -99,7 +106,7 @@ class VfsDriver:
         top = self._snapshot(snapshot) / "m"
         write_tar(self._changed(snapshot, chain), lambda path: (top / os.fsdecode(path)).open("rb"), out)
 
-    def finish(self, chain: Chain) -> None:
+    def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         """Every layer is ready as it is."""
 
     def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:

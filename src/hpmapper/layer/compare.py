@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import stat
 
-from hpmapper.tree import Inode, whiteout
+from hpmapper.layer.build import Below
+from hpmapper.tree import Inode, walk, whiteout
 
 
 def compare(before: Inode, after: Inode) -> Inode:
@@ -41,6 +42,25 @@ def compare(before: Inode, after: Inode) -> Inode:
             into.entries()[name] = child
     _prune(unchanged_directories)
     return root
+
+
+def drop_untouched(tree: Inode, below: Below) -> None:
+    """Drop the directories of an upper that are just as below and hold no change.
+
+    overlayfs copies a directory up before something is made in it, and leaves the copy when that has gone again.
+    """
+    at = {path: inode for path, inode in walk(tree) if inode.is_dir}
+    for path in reversed(at):
+        if path and not at[path].entries() and not at[path].opaque and _as_below(at[path], below.lookup(path)):
+            above, _, name = path.rpartition(b"/")
+            del at[above].entries()[name]
+
+
+def _as_below(directory: Inode, before: Inode | None) -> bool:
+    if before is None or not before.is_dir:
+        return False
+    kept = [(one.mode, one.uid, one.gid, one.mtime_ns, sorted(one.xattrs)) for one in (directory, before)]
+    return kept[0] == kept[1]
 
 
 def _bare(inode: Inode) -> Inode:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterable
+from typing import BinaryIO
 
 from hpmapper.layer.build import IMPLIED_ROOT
-from hpmapper.tree import Inode, directory
+from hpmapper.tree import Inode, directory, walk
 
 
 def merge(layers: Iterable[Inode]) -> Inode:
@@ -47,3 +50,33 @@ def _directory(entries: dict[bytes, Inode], name: bytes, above: Inode) -> Inode:
 def _copy_attributes(source: Inode, target: Inode) -> None:
     target.mode, target.uid, target.gid = source.mode, source.uid, source.gid
     target.mtime_ns, target.xattrs = source.mtime_ns, source.xattrs
+
+
+class Spools(io.RawIOBase):
+    """Several layers' spools as one: the high bits of an offset say which."""
+
+    _SHIFT = 48  # no spool has more than 256 TiB
+
+    def __init__(self) -> None:
+        self._spools: list[BinaryIO] = []
+        self._current: BinaryIO | None = None
+
+    def add(self, tree: Inode, spool: BinaryIO) -> Inode:
+        """Take in a layer's spool; lets its tree point into this one."""
+        base = len(self._spools) << self._SHIFT
+        self._spools.append(spool)
+        spool.flush()
+        moved = set()
+        for _, inode in walk(tree):
+            if isinstance(inode.content, int) and inode not in moved:
+                moved.add(inode)  # once, however many names it has
+                inode.content += base
+        return tree
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._current = self._spools[offset >> self._SHIFT]
+        return self._current.seek(offset & ((1 << self._SHIFT) - 1), whence)
+
+    def read(self, size: int = -1) -> bytes:
+        assert self._current is not None, "seek first"
+        return self._current.read(size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import BinaryIO, Protocol
 
 from hpmapper.tree import Inode
@@ -63,3 +64,23 @@ def _visible(layers: Sequence[LayerView], path: bytes) -> list[tuple[LayerView, 
         if not inode.is_dir or (inode.opaque and path):
             break
     return found
+
+
+class Later:
+    """A merged view that is only made when it is asked: most layers leave nothing to those below."""
+
+    def __init__(self, make: Callable[[], Merged]) -> None:
+        self._make = make
+
+    @cached_property
+    def _merged(self) -> Merged:
+        return self._make()
+
+    def lookup(self, path: bytes) -> Inode | None:
+        return self._merged.lookup(path)
+
+    def names(self, path: bytes) -> list[bytes]:
+        return self._merged.names(path)
+
+    def open(self, path: bytes) -> BinaryIO:
+        return self._merged.open(path)

@@ -6,11 +6,13 @@ Documentation/filesystems/overlayfs.rst.) A plain one says what it is.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from hpmapper.errors import InvalidArgument
 from hpmapper.layer.acl import XFS_NAMES
 from hpmapper.tree import Inode, Xattrs
 
@@ -26,7 +28,19 @@ def scan(top: bytes, *, overlay: bool, merged: bytes | None = None) -> Inode:
 
     With `merged`, the mount that an overlay upper belongs to, directories that were renamed as a whole (the
     upper has only a redirect for them: trap of `redirect_dir=on`) are read from there.
+
+    Raises:
+        InvalidArgument: it is deeper than a path can be long, which a container can make it.
     """
+    try:
+        return _scan(top, overlay, merged)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise InvalidArgument(f"the directories in {os.fsdecode(top)} are nested too deeply to be read") from None
+
+
+def _scan(top: bytes, overlay: bool, merged: bytes | None) -> Inode:
     links: dict[tuple[int, int], Inode] = {}
     root = read_inode(top, overlay=overlay)
     stack = [(top, root, overlay)]

@@ -30,6 +30,7 @@ CHUNK = 1 << 20
 _AHEAD = 8
 """Chunks decompressed ahead of the parser."""
 
+_MAGIC_SIZE = 4
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after one byte 0x50-0x5f; zstd:chunked begins with such a frame
@@ -67,6 +68,8 @@ def _decompressor_for(head: bytes) -> Callable[[], _Decompressor] | None:
 def _decompress(blob: Iterator[bytes]) -> Iterator[bytes]:
     """Yield the uncompressed bytes of `blob`, which may hold several gzip members or zstd frames."""
     first = next(blob, b"")
+    while len(first) < _MAGIC_SIZE and (more := next(blob, b"")):
+        first += more  # a socket may give a byte at a time
     new = _decompressor_for(first)
     if new is None:
         yield first
@@ -188,9 +191,11 @@ class LayerStream:
                 raise Corrupt("the layer's tar ends inside a member", hint="fetch it again")
             take = min(size, len(self._chunk) - self._at)
             whole = take == len(self._chunk)
-            yield self._chunk if whole else memoryview(self._chunk)[self._at : self._at + take]
+            piece = self._chunk if whole else memoryview(self._chunk)[self._at : self._at + take]
+            # Before the piece is handed out: whoever has enough does not come back for the end of the iteration.
             self._at += take
             size -= take
+            yield piece
 
     def finish(self) -> Iterator[bytes | memoryview]:
         """Yield what is left; afterwards `digests` is known."""

@@ -124,7 +124,7 @@ def _pax_records(data: bytes, into: dict[bytes, bytes]) -> None:
         length = int(data[at:space]) if space > at and data[at:space].isdigit() else 0
         end = at + length
         equals = data.find(b"=", space, end)
-        if length < 5 or end > len(data) or data[end - 1] != 10 or equals < 0:
+        if length < 5 or end > len(data) or data[end - 1] != 10 or equals <= space + 1:
             raise Corrupt("the layer's tar has a damaged pax record", hint="fetch it again")
         key, value = data[space + 1 : equals], data[equals + 1 : end - 1]
         if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
@@ -145,6 +145,7 @@ def _gnu_link(data: bytes, into: dict[bytes, bytes]) -> None:
 
 _EXTENSIONS = {b"x": _pax_records, b"g": _pax_records, b"X": _pax_records, b"L": _gnu_name, b"K": _gnu_link}
 _TYPES = frozenset((b"0", b"1", b"2", b"3", b"4", b"5", b"6"))
+_SPARSE_MARKS = frozenset((b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size"))
 _AS_FILE = frozenset((b"\0", b"7", b"S"))  # pre-POSIX files, contiguous files, GNU's old sparse form
 
 
@@ -178,7 +179,7 @@ def _entry(source: Source, header: bytes, fields: tuple[bytes, ...], records: di
         entry.size = entry.stored = 0  # links and the like carry no data, whatever the field says (POSIX)
     elif kind == b"S":
         _old_gnu_sparse(source, header, entry)
-    elif records and (b"GNU.sparse.major" in records or b"GNU.sparse.map" in records):
+    elif records and not _SPARSE_MARKS.isdisjoint(records):
         _pax_sparse(source, entry, records)
     if entry.size < 0 or entry.stored < 0:
         raise Corrupt(f"tar member {entry.name!r} has a negative size", hint="fetch it again")

@@ -178,14 +178,21 @@ def ready(db: Transaction, snapshot: SnapshotId) -> None:
     db.execute("UPDATE snapshot SET state = 'ready', owner = NULL WHERE id = ?", (snapshot,))
 
 
-def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: SnapshotId) -> None:
-    """Record that a snapshot is there under its final key, made of that layer."""
+def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: SnapshotId, parent: Snapshot | None) -> None:
+    """Record that a snapshot is there under its final key, made of that layer, on top of `parent`.
+
+    Raises:
+        NotFound: the parent was removed meanwhile.
+    """
     now = time.time_ns()
-    db.execute(
-        "UPDATE snapshot SET key = ?, kind = 'committed', state = 'ready', owner = NULL, layer = ?, created = ?, "
-        "updated = ? WHERE id = ?",
-        (key, layer_id, now, now, snapshot),
-    )
+    try:
+        db.execute(
+            "UPDATE snapshot SET key = ?, kind = 'committed', state = 'ready', owner = NULL, layer = ?, parent = ?, "
+            "created = ?, updated = ? WHERE id = ?",
+            (key, layer_id, parent.id if parent else None, now, now, snapshot),
+        )
+    except sqlite3.IntegrityError:
+        raise NotFound(f"the layers below {key} were removed meanwhile", hint="try again") from None
 
 
 def is_damaged(db: Source, snapshot: Snapshot) -> bool:

@@ -104,15 +104,14 @@ class Staging:
     Attributes:
         objects: every object that the layer refers to, with its size in bytes.
         new_bytes: bytes of those that the store did not have.
-        spool: the small files' data, one after the other, for the map.
     """
 
-    def __init__(self, store: ObjectStore, directory: Path, inline_below: int) -> None:
-        """Stage in `directory`, a new empty one on the store's file system, which the caller removes."""
+    def __init__(self, store: ObjectStore, directory: Path, spool: BinaryIO, inline_below: int) -> None:
+        """Stage in `directory`, on the store's file system; the caller removes it, and closes the spool."""
         self.inline_below = inline_below
         self.objects: dict[ObjectDigest, int] = {}
         self.new_bytes = 0
-        self.spool: BinaryIO = open(directory / "spool", "w+b", buffering=1 << 20)  # noqa: SIM115
+        self._spool = spool
         self._store = store
         self._prefix = f"{directory}/"
         self._new: list[ObjectDigest] = []
@@ -124,13 +123,12 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self.spool.close()
         self._writeback.close()
 
     def inline(self, data: bytes) -> int:
         """Keep a small file's data for the map; returns its offset in the spool."""
         offset = self._spooled
-        self.spool.write(data)
+        self._spool.write(data)
         self._spooled += len(data)
         return offset
 
@@ -141,6 +139,10 @@ class Staging:
         else:
             digest = self._put_streamed(pieces, size, segments)
         return digest, digest
+
+    def start_writeback(self) -> None:
+        """Let what was written go to the disk in the background, while something else is done."""
+        self._writeback.start()
 
     def publish(self) -> None:
         """Give the new objects their names. Their data is on stable storage already: the caller synced."""
