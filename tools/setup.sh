@@ -35,7 +35,7 @@ setup_python() {
     say "setting up Python packages in .venv"
     [ -x .venv/bin/python ] || python3 -m venv .venv
     .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed"
-    .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r "$requirements"
-    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r "$requirements"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
     printf '%s\n' "$stamp" >.venv/installed-"$(basename "$requirements")"
 }
