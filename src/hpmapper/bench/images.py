@@ -144,7 +144,6 @@ def debootstrap(root: Path, suite: str, packages: Sequence[str], options: Sequen
         "--quiet",
         "--mode=root",
         "--variant=minbase",
-        "--skip=output/dev",
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         "--dpkgopt=path-include=/usr/share/locale/locale.alias",
         f"--include={','.join(packages)}",
@@ -218,10 +217,13 @@ def _regular_files(root: Path) -> Iterator[Path]:
 
 
 def write_layer(layout: Path, root: Path, comment: str) -> Layer:
-    """Put `root` into the layout as a gzip layer, in the form Docker gives one (no access times, whole seconds)."""
+    """Put `root` into the layout as a gzip layer.
+
+    In the form Docker gives one: no access times, whole seconds, and an empty /dev, for a container gets its own.
+    """
     command = ["tar", "--create", "--sort=name", "--numeric-owner", "--xattrs", "--xattrs-include=*"]
     command += ["--pax-option=delete=atime,delete=ctime", f"--mtime=@{EPOCH}", "--clamp-mtime"]
-    command += ["--directory", str(root), "--", *sorted(os.listdir(root))]
+    command += ["--anchored", "--exclude=dev/*", "--directory", str(root), "--", *sorted(os.listdir(root))]
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=blobs, delete=False) as out, _piped(command) as tar:
