@@ -191,7 +191,7 @@ def run_copies(opened: Opened) -> Cost:
 
 
 def do_work(roots: Sequence[Path]) -> None:
-    """What the containers do: in a chroot, without starting containers; or from outside where even that is forbidden."""
+    """What the containers do: in a chroot, without starting containers; from outside where even that is forbidden."""
     with ThreadPoolExecutor(COUNT) as threads:
         list(threads.map(_work_in, roots))
 

@@ -99,7 +99,11 @@ class DevicePool(ABC):
 
     def _users(self) -> str:
         below = [one.target for one in mount.mounts_below(self.path) if one.target != os.path.realpath(self.path)]
-        return f": {len(below)} mounts below, one is {below[0]}" if below else ": files are open"
+        return (
+            f": {len(below)} mounts below, one is {below[0]}"
+            if below
+            else ": files are open, or another mount namespace still has one of its maps"
+        )
 
     def space(self) -> Space:
         self._require_attached()
