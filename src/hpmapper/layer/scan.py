@@ -47,14 +47,15 @@ def _scan(top: bytes, overlay: bool, merged: bytes | None) -> Inode:
     while stack:
         path, here, dialect = stack.pop()
         children = here.entries()
-        for entry in os.scandir(path):
-            child = _linked(entry, dialect, links)
-            children[entry.name] = child
-            if child.is_dir:
-                moved = dialect and merged is not None and _has_redirect(entry.path)
-                child.opaque = child.opaque or moved
-                below = merged + entry.path[len(top) :] if moved and merged is not None else entry.path
-                stack.append((below, child, dialect and not moved))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                child = _linked(entry, dialect, links)
+                children[entry.name] = child
+                if child.is_dir:
+                    moved = dialect and merged is not None and _has_redirect(entry.path)
+                    child.opaque = child.opaque or moved
+                    below = merged + entry.path[len(top) :] if moved and merged is not None else entry.path
+                    stack.append((below, child, dialect and not moved))
     return root
 
 

@@ -78,23 +78,27 @@ def _decompress(blob: Iterator[bytes]) -> Iterator[bytes]:
     data, current = first, new()
     while True:
         if current.eof:
-            data = current.unused_data or data
-            data = data or next(blob, b"")
-            # Zero bytes after the last member are padding, as gzip(1) and Go's reader have it.
-            if not data.strip(b"\0"):
-                if not data:
-                    return
-                data = b""
-                continue
+            data = _past_padding(current.unused_data, blob)
+            if not data:
+                return
             current = new()
         elif current.needs_input and not data:
             data = next(blob, b"")
             if not data:
                 raise Corrupt("the compressed layer ends too early", hint="fetch it again")
         piece = current.decompress(data, CHUNK)
-        data = b"" if not current.eof else current.unused_data
+        data = b""
         if piece:
             yield piece
+
+
+def _past_padding(data: bytes, blob: Iterator[bytes]) -> bytes:
+    """What follows a member: zero bytes are padding, as gzip(1) has it; b"" at the end."""
+    while not (data := data.lstrip(b"\0")):
+        data = next(blob, b"")
+        if not data:
+            break
+    return data
 
 
 @dataclass(frozen=True, slots=True)
