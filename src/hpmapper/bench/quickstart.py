@@ -7,6 +7,7 @@ Nothing here is special: each step is what a user would type, and is printed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import socket
@@ -26,6 +27,7 @@ from rich.table import Table
 from hpmapper.bench.measure import cached_below, cached_bytes, drop_caches, read_all, regular_files
 from hpmapper.config import Config
 from hpmapper.containers import Containers
+from hpmapper.drivers import registry
 from hpmapper.errors import FailedPrecondition, HpmapperError, NotFound
 from hpmapper.image import reference
 from hpmapper.images import Images
@@ -73,6 +75,10 @@ def show(config: Config) -> None:
     with open_root(config) as opened:
         driver = opened.engine.driver
         console.print(f"[bold]storage driver {driver.name}[/] in {config.root}", highlight=False)
+        for better in itertools.takewhile(lambda one: one.name != driver.name, registry.DRIVERS):
+            verdict = registry.probe(better, config.root, config.pool())
+            if not verdict.works:
+                console.print(f"the driver {better.name} would be better, but: {verdict.why}", highlight=False)
         bring(config, opened)
         remove_containers(opened)
         ours, how = run_containers(config, opened)
