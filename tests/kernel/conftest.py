@@ -13,6 +13,8 @@ from hpmapper.kernel.fscontext import MOUNT_ATTR_NOATIME
 from hpmapper.pool import filesystem
 from hpmapper.pool.base import MIB, PoolFs
 
+pytest.register_assert_rewrite("hpmapper.testing.contract")  # so that a failed case says what was compared
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() == 0:
