@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpmapper.engine import Engine
+from hpmapper.errors import AlreadyExists
 from hpmapper.image import documents, reference
 from hpmapper.image.documents import ImportOptions
 from hpmapper.images import Images
@@ -34,11 +35,17 @@ class Containers:
         """
         row = self._images.find(image)
         name = object_name(name, "container") if name is not None else secrets.token_hex(6)
-        self._engine.prepare(
-            f"container-{name}",
-            self._images.top(row),
-            also=lambda transaction, snapshot: meta.add_container(transaction, name, snapshot, row.id),
-        )
+        try:
+            self._engine.prepare(
+                f"container-{name}",
+                self._images.top(row),
+                also=lambda transaction, snapshot: meta.add_container(transaction, name, snapshot, row.id),
+            )
+        except AlreadyExists:
+            raise AlreadyExists(
+                f"container {name!r} exists already",
+                hint=f"choose another --name, or run it once more: hpmapper container start {name}",
+            ) from None
         return meta.container(self._db, name)
 
     def all(self) -> list[ContainerRow]:

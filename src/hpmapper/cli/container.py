@@ -29,9 +29,10 @@ _name = click.argument("name", metavar="CONTAINER")
 @container.command()
 @click.argument("image")
 @click.option("--name", metavar="NAME", help="By default a random one.")
+@json_option
 @pass_state
 def create(state: State, image: str, name: str | None) -> None:
-    """Make a container of IMAGE without running it, and print its name."""
+    """Make a container of IMAGE, and print its name."""
     with session(state) as opened:
         row = opened.containers.create(image, name)
     output.show(state, {"name": row.name, "image": row.image}, lambda: row.name)
@@ -44,9 +45,9 @@ def create(state: State, image: str, name: str | None) -> None:
 @pass_state
 @click.pass_context
 def start(ctx: click.Context, state: State, /, name: str, command: Sequence[str], **words: Any) -> None:
-    """Run a container once more, in the foreground, with all that it wrote before.
+    """Run a container once more, in the foreground.
 
-    The options and COMMAND are those of this time; nothing is remembered of earlier ones.
+    It finds all that it wrote before. The options and COMMAND are those of this time, none is remembered.
     """
     state.failure = FAILED
     typed = Words(**words)
@@ -97,6 +98,7 @@ def _line(row: ContainerRow, facts: dict[str, Any]) -> list[str]:
 @container.command()
 @click.argument("names", nargs=-1, required=True, metavar="CONTAINER...")
 @click.option("-f", "--force", is_flag=True, help="Kill those that are running.")
+@json_option
 @pass_state
 def rm(state: State, names: Sequence[str], force: bool) -> None:
     """Remove containers with all that they wrote."""
@@ -110,9 +112,13 @@ def rm(state: State, names: Sequence[str], force: bool) -> None:
 
 @container.command()
 @_name
+@json_option
 @pass_state
 def mount(state: State, name: str) -> None:
-    """Mount a container's root file system and print its path; it stays until `umount`, or a reboot."""
+    """Mount a container's root, and print its path.
+
+    It stays mounted until `umount`, or a reboot.
+    """
     with session(state) as opened:
         path = opened.containers.mount(opened.containers.get(name))
     output.show(state, {"name": name, "path": os.fspath(path)}, lambda: os.fspath(path))
@@ -134,7 +140,7 @@ def umount(state: State, names: Sequence[str]) -> None:
 @json_option
 @pass_state
 def diff(state: State, name: str) -> None:
-    """List what a container added (A), changed (C) and deleted (D)."""
+    """List a container's changes: A added, C changed, D deleted."""
     with session(state) as opened:
         found = sorted(opened.containers.changes(opened.containers.get(name)), key=lambda change: change.path)
     facts = [{"kind": str(change.kind), "path": os.fsdecode(change.path)} for change in found]
@@ -152,7 +158,11 @@ def diff(state: State, name: str) -> None:
 def commit(
     state: State, name: str, new: str | None, change: Sequence[str], message: str | None, author: str | None
 ) -> None:
-    """Make an image of a container's image and its changes, and print its id."""
+    """Make an image of a container, and print its id.
+
+    It has the layers of the container's image, and one more with the container's changes. The same changes give
+    the same layer.
+    """
     options = ImportOptions(message=message, author=author).changed(change)
     with session(state) as opened:
         row = opened.containers.commit(opened.containers.get(name), [new] if new else [], options)

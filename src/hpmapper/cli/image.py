@@ -46,7 +46,10 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but the
 @json_option
 @pass_state
 def pull(state: State, sources: Sequence[str], platform: str | None, insecure: bool, quiet: bool) -> None:
-    """Bring in images from registries: debian:12, registry.example.com/team/app, docker://…"""
+    """Bring in images from registries.
+
+    IMAGE is debian:12, registry.example.com/team/app, or the same behind docker://.
+    """
     with session(state, create=True) as opened:
         for source in sources:
             reference.parse(source.removeprefix(_REGISTRY))  # all are checked before the first is fetched
@@ -179,6 +182,7 @@ def _lines(rows: Sequence[ImageRow]) -> list[tuple[str, str, str, str]]:
 
 @image.command()
 @click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
+@json_option
 @pass_state
 def inspect(state: State, names: Sequence[str]) -> None:
     """Print all that is known of images, as JSON."""
@@ -302,7 +306,10 @@ def _saved(opened: Session, name: str) -> SavedImage:
 @json_option
 @pass_state
 def rm(state: State, names: Sequence[str], no_gc: bool) -> None:
-    """Remove images: by name, with the last of which the image goes, or by id."""
+    """Remove images by name or id.
+
+    An image goes with its last name.
+    """
     with session(state) as opened:
         for name in names:
             opened.images.find(name)

@@ -39,7 +39,7 @@ def pool() -> None:
 def create(
     state: State, size: str | None, device: str | None, directory: str | None, fs: str | None, force: bool
 ) -> None:
-    """Make the pool, and with it the root directory, for the hpmapper driver."""
+    """Make the pool, and with it the root directory."""
     asked = {
         "pool.size": size,
         "pool.device": device and str(Path(device).absolute()),
@@ -71,7 +71,10 @@ def status(state: State) -> None:
 @json_option
 @pass_state
 def grow(state: State, size: str | None) -> None:
-    """Grow the pool to SIZE, or to its device's end, while it is in use."""
+    """Grow the pool to SIZE, or to its device's end.
+
+    Containers may run meanwhile.
+    """
     config = config_of(state)
     with _pool(config) as (db, found):
         remember_pool(db, found.grow(parse_size(size) if size else 0))
@@ -83,9 +86,9 @@ def grow(state: State, size: str | None) -> None:
 @json_option
 @pass_state
 def check(state: State) -> None:
-    """Check the pool's file system: thoroughly when it is detached, else what is possible.
+    """Check the pool's file system.
 
-    What is stored in it is checked by `hpmapper fsck`.
+    When the pool is detached thoroughly, else as far as possible. What is stored in it is checked by `hpmapper fsck`.
     """
     with _pool(config_of(state)) as (_, found):
         report = found.check()
@@ -107,7 +110,7 @@ def trim(state: State) -> None:
 @pool.command()
 @pass_state
 def attach(state: State) -> None:
-    """Mount the pool, as every other command does when it needs it."""
+    """Mount the pool, as other commands do when they need it."""
     with session(state):
         pass
 
@@ -115,7 +118,10 @@ def attach(state: State) -> None:
 @pool.command()
 @pass_state
 def detach(state: State) -> None:
-    """Unmount all containers and the pool, and free its loop device; everything stays on the disk."""
+    """Unmount all containers and the pool.
+
+    Everything stays on the disk, and the next command that needs the pool attaches it again.
+    """
     config = config_of(state)
     with _pool(config) as (_, found):
         if not found.is_attached():

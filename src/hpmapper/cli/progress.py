@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -49,19 +48,17 @@ class _Silent:
 class _Lines:
     def __init__(self) -> None:
         self._count = 0
-        self._began = 0.0
 
     def layer(self, number: int, count: int, size: int | None) -> Callable[[int], None]:
-        self._count, self._began = count, time.monotonic()
+        self._count = count
         return lambda _read: None
 
     def layer_done(self, number: int, taken: Taken) -> None:
-        seconds = time.monotonic() - self._began
-        click.echo(f"layer {number + 1}/{self._count}: {outcome(taken)} ({seconds:.1f} s)", err=True)
+        click.echo(f"layer {number + 1}/{self._count}: {outcome(taken)}", err=True)
 
 
 class _Bars:
-    """One bar a layer, of compressed bytes; a layer that was there already has none to show."""
+    """A bar of compressed bytes for each layer at work, and a line above them for each one done."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
@@ -70,15 +67,12 @@ class _Bars:
 
     def layer(self, number: int, count: int, size: int | None) -> Callable[[int], None]:
         self._count = count
-        task = self._bars.add_task(f"layer {number + 1}/{count}", total=size)
-        self._tasks[number] = task
+        self._tasks[number] = task = self._bars.add_task(f"layer {number + 1}/{count}", total=size)
         return lambda read: self._bars.advance(task, read)
 
     def layer_done(self, number: int, taken: Taken) -> None:
-        task = self._tasks[number]
-        done = next(one.completed for one in self._bars.tasks if one.id == task)
-        self._bars.update(task, total=max(done, 1), completed=max(done, 1))
-        self._bars.update(task, description=f"layer {number + 1}/{self._count}: {outcome(taken)}")
+        self._bars.remove_task(self._tasks.pop(number))
+        self._bars.console.print(f"layer {number + 1}/{self._count}: {outcome(taken)}", highlight=False)
 
 
 def _bars() -> Progress:

@@ -14,7 +14,7 @@ from hpmapper.cli.state import State, pass_state
 from hpmapper.errors import HpmapperError
 from hpmapper.image import oci
 from hpmapper.meta.images import ContainerRow
-from hpmapper.runtime.run import Runner, find_runtime
+from hpmapper.runtime.run import Runner, find_runtime, require_terminal
 from hpmapper.runtime.spec import Defaults, Options
 from hpmapper.runtime.volumes import parse_volume
 
@@ -41,8 +41,9 @@ class Words:
     runtime: str | None
 
     def options(self, command: Sequence[str]) -> Options:
-        """Checked, as far as that can be done without the image."""
-        return Options(
+        """Checked, as far as that can be done before anything is made."""
+        find_runtime(self.runtime)
+        options = Options(
             command=tuple(command),
             entrypoint=self.entrypoint,
             env=tuple(self.env),
@@ -53,6 +54,8 @@ class Words:
             terminal=self.tty,
             interactive=self.interactive,
         )
+        require_terminal(options)
+        return options
 
 
 _OPTIONS = (
@@ -100,7 +103,6 @@ def run(
     state.failure = FAILED
     typed = Words(**words)
     options = typed.options(command)
-    find_runtime(typed.runtime)  # before anything is made
     with session(state) as opened:
         container = opened.containers.create(image, name)
         try:

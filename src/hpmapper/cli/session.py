@@ -74,6 +74,7 @@ def require_stopped(root: Path) -> None:
     """Raise FailedPrecondition if a container of the root is running."""
     names = place.running(root)
     if names:
+        more = f" and {len(names) - 1} more are" if names[1:] else " is"
         raise FailedPrecondition(
-            f"{len(names)} containers are running, one is {names[0]!r}", hint="hpmapper container rm -f ends them"
+            f"container {names[0]!r}{more} running", hint=f"hpmapper container rm -f {names[0]} ends it"
         )

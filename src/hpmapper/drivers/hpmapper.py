@@ -81,8 +81,9 @@ class HpmapperDriver(UpperDriver):
         self._make_home("o", "i")
 
     def detach(self) -> None:
-        if not mount.is_mountpoint(self.home):
+        if not self._pool.is_attached():
             return
+        self._make_home("o", "i")  # a crash may have come before
         self._detach_snapshots()
         for place in ("i", "l"):
             for entry in list(os.scandir(self.home / place)):

@@ -20,6 +20,7 @@ from hpmapper.drivers.base import Chain, ChainBelow, Stored
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import fiemap, lock, mount
 from hpmapper.layer.build import IMPLIED_ROOT, Below
+from hpmapper.layer.compare import drop_untouched
 from hpmapper.layer.diff import changes, write_tar
 from hpmapper.layer.scan import METACOPY, scan
 from hpmapper.model import Change, SnapshotId, Space, Usage
@@ -126,7 +127,10 @@ class UpperDriver:
 
     def _changed(self, snapshot: SnapshotId, chain: Chain) -> Inode:
         upper = os.fsencode(self._snapshot(snapshot) / "u")
-        return scan(upper, overlay=True, merged=self._merged(snapshot, chain))
+        tree = scan(upper, overlay=True, merged=self._merged(snapshot, chain))
+        with self._below(lambda: chain) as below:
+            drop_untouched(tree, below)
+        return tree
 
     def _merged(self, snapshot: SnapshotId, chain: Chain) -> bytes | None:
         """The mount, where the upper alone does not hold all data."""

@@ -58,6 +58,12 @@ def find_runtime(name: str | None) -> Path:
     )
 
 
+def require_terminal(options: Options) -> None:
+    """Raise FailedPrecondition if a terminal is wanted where there is none."""
+    if options.terminal and not sys.stdin.isatty():
+        raise FailedPrecondition("standard input is not a terminal", hint="leave out -t")
+
+
 def _is_hybrid() -> bool:
     """Whether control groups of both versions have controllers, which crun refuses (crun 1.8, libcrun/cgroup.c)."""
     try:
@@ -80,10 +86,7 @@ class Runner:
         Raises:
             NotStarted: the runtime refused.
             InvalidArgument, NotFound: the options do not fit the image.
-            FailedPrecondition: a terminal is wanted, and there is none.
         """
-        if options.terminal and not sys.stdin.isatty():
-            raise FailedPrecondition("standard input is not a terminal", hint="leave out -t")
         account = users.resolve(root, options.user if options.user is not None else defaults.user)
         place = self._place
         spec = make_spec(root, (place.name, place.cgroup), defaults, options, account)
