@@ -234,10 +234,20 @@ class LayerBuilder:
         path = b"/".join(parts[:-1])
         found = self._directories.get(path)
         if found is None:
-            trail = self._resolve(parts[:-1])
-            found = trail[-1][1] if trail else self.root
+            found = self._below_known(path) or self._resolved(parts[:-1])
             self._directories[path] = found
         return found
+
+    def _below_known(self, path: bytes) -> Inode | None:
+        """The directory, if it is in one that was resolved before: the usual case, at a fraction of the cost."""
+        above, _, name = path.rpartition(b"/")
+        known = self._directories.get(above)
+        child = known.entries().get(name) if known is not None else None
+        return child if child is not None and child.is_dir else None
+
+    def _resolved(self, parts: list[bytes]) -> Inode:
+        trail = self._resolve(parts)
+        return trail[-1][1] if trail else self.root
 
     def _place(self, parts: list[bytes], name: bytes) -> bytes:
         """The path of `name` in the directory that `parts` lead to, without symlinks: what may be asked below."""

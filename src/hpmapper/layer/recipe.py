@@ -27,6 +27,7 @@ MAGIC = b"hpmapper-tar-1\n\0"
 _LITERAL = struct.Struct("<cI")
 _RANGE = struct.Struct("<QQ")
 _BUFFER = 1 << 20
+_BATCH = 1000
 _LEVEL = 1  # headers shrink 20-fold at any level; level 1 costs a tenth of level 9
 
 
@@ -36,6 +37,7 @@ class RecipeWriter:
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
         self._compressor = zstd.ZstdCompressor(level=_LEVEL)
+        self._records: list[bytes] = []  # a compressor's call costs more than a small record's compression
         self._literals: list[bytes] = []
         self._pending = 0
         out.write(MAGIC)
@@ -45,26 +47,31 @@ class RecipeWriter:
         self._literals.append(data)
         self._pending += len(data)
         if self._pending >= _BUFFER:
-            self._flush()
+            self._end_literal()
+            self._compress()
 
     def reference(self, name: bytes, offset: int, length: int) -> None:
         """The tar goes on with `length` bytes, from `offset`, of the stored file `name`."""
-        self._flush()
-        self._compress(b"R" + bytes((len(name),)) + name + _RANGE.pack(offset, length))
+        self._end_literal()
+        self._records.append(b"R" + bytes((len(name),)) + name + _RANGE.pack(offset, length))
+        if len(self._records) >= _BATCH:
+            self._compress()
 
     def close(self) -> None:
         """End the recipe; `out` stays open."""
-        self._flush()
-        self._compress(b"E")
+        self._end_literal()
+        self._records.append(b"E")
+        self._compress()
         self._out.write(self._compressor.flush())
 
-    def _flush(self) -> None:
+    def _end_literal(self) -> None:
         if self._literals:
-            self._compress(_LITERAL.pack(b"L", self._pending) + b"".join(self._literals))
+            self._records += (_LITERAL.pack(b"L", self._pending), *self._literals)
             self._literals, self._pending = [], 0
 
-    def _compress(self, data: bytes) -> None:
-        self._out.write(self._compressor.compress(data))
+    def _compress(self) -> None:
+        self._out.write(self._compressor.compress(b"".join(self._records)))
+        self._records = []
 
 
 def replay(recipe: BinaryIO, open_stored: Callable[[bytes], BinaryIO]) -> Iterator[bytes]:
