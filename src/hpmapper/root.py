@@ -19,11 +19,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpmapper import faults
 from hpmapper.config import Config
 from hpmapper.drivers import registry
 from hpmapper.drivers.registry import Registered
 from hpmapper.engine import Engine
-from hpmapper.errors import AlreadyExists, FailedPrecondition, NotFound, Unsupported
+from hpmapper.errors import AlreadyExists, FailedPrecondition, HpmapperError, NotFound, Unsupported
 from hpmapper.kernel import lock
 from hpmapper.meta import images
 from hpmapper.meta.db import Database
@@ -112,8 +113,9 @@ def pool_of(config: Config) -> tuple[Database, Pool]:
     db = _database(config, create=False)
     stored = db.setting("pool")
     if stored is None:
+        driver = db.setting("driver")
         db.close()
-        raise NotFound(f"the root at {config.root} has no pool: its driver is {db.setting('driver')}")
+        raise NotFound(f"the root at {config.root} has no pool: its driver is {driver}")
     return db, open_pool(config.root, PoolConfig.from_dict(json.loads(stored)))
 
 
@@ -168,7 +170,9 @@ def _make(config: Config, db: Database, *, force: bool = False) -> tuple[Registe
             raise Unsupported(f"storage driver {registered.name} does not work here: {verdict.why}")
     if registered.needs_pool:
         wanted = _make_pool(config.root, db, wanted, force=force)
+    faults.point("root.storage-made")
     db.set_setting("driver", registered.name)
+    faults.point("root.recorded")
     return registered, wanted
 
 
@@ -176,19 +180,23 @@ def _make_pool(root: Path, db: Database, wanted: PoolConfig, *, force: bool = Fa
     """Make the pool; intent first, so that a crash in between is made good by the next call."""
     stored = db.setting("pool")
     earlier = PoolConfig.from_dict(json.loads(stored)) if stored else None
-    # An attempt that was refused may have left other wishes than today's.
+    # What a crash cut off is finished only if it is still what is wanted.
     same = earlier is not None and dataclasses.replace(earlier, uuid="") == wanted
     intent = earlier if earlier is not None and same else wanted.with_uuid()
     remember_pool(db, intent)
-    made = open_pool(root, intent).create(force=force)
+    try:
+        made = open_pool(root, intent).create(force=force)
+    except HpmapperError:
+        db.forget_setting("pool")  # refused: there is nothing to be finished or removed
+        raise
     remember_pool(db, made)
     return made
 
 
 def _require_empty(db: Database) -> None:
-    present = {"containers": len(images.containers(db)), "images": len(images.images(db))}
+    present = {"container": len(images.containers(db)), "image": len(images.images(db))}
     if any(present.values()):
-        counts = " and ".join(f"{count} {kind}" for kind, count in present.items() if count)
+        counts = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in present.items() if count)
         raise FailedPrecondition(f"the root has {counts}", hint="remove them first, or all together with --force")
 
 

@@ -27,6 +27,7 @@ from hpmapper.store.workspace import workspace
 
 UNNAMED = "<none>"
 _REGISTRY = "docker://"
+_FORMS = [str(form) for form in SaveForm]  # as texts: click 8.2 and later would ask for an enum's names
 
 
 @click.group(cls=NearestGroup)
@@ -273,7 +274,7 @@ def _cut(text: str, no_trunc: bool) -> str:
 @image.command("save")
 @click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("-o", "--output", "target", required=True, metavar="FILE", help="Where to; - is standard output.")
-@click.option("--format", "form", type=click.Choice(list(SaveForm)), default=SaveForm.DOCKER_ARCHIVE, show_default=True)
+@click.option("--format", "form", type=click.Choice(_FORMS), default=_FORMS[-1], show_default=True)
 @click.option("--compression", type=click.Choice(codec.COMPRESSIONS), default="none", show_default=True)
 @pass_state
 def save_(state: State, names: Sequence[str], target: str, form: str, compression: str) -> None:

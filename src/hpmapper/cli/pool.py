@@ -32,7 +32,7 @@ def pool() -> None:
 @click.option("--size", metavar="SIZE", help="Of the sparse file [100G, or 90% of what is free].")
 @click.option("--device", metavar="DEVICE", help="Use this block device instead of a file.")
 @click.option("--directory", metavar="DIR", help="Use a directory on XFS or btrfs instead of a file.")
-@click.option("--fs", type=click.Choice(list(PoolFs)), help="The file system to make [xfs].")
+@click.option("--fs", type=click.Choice(list(map(str, PoolFs))), help="The file system to make [xfs].")
 @click.option("--force", is_flag=True, help="Overwrite what is there, unless it is in use.")
 @json_option
 @pass_state

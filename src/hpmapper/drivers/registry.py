@@ -103,7 +103,8 @@ _POOL_NEEDS = {
 
 
 def _pool_features(directory: Path, pool: PoolConfig) -> dict[str, Feature]:
-    place = pool.directory if pool.kind is PoolKind.DIRECTORY and pool.directory else directory
+    chosen = pool.directory if pool.kind is PoolKind.DIRECTORY and pool.directory else directory
+    place = next(path for path in (chosen, *chosen.absolute().parents) if path.is_dir())  # what is not made yet
     return {feature.name: feature for feature in probe_all(place, ["loop-direct-io", "reflink"])}
 
 

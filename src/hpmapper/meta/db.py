@@ -82,6 +82,11 @@ class Database:
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (key, value))
 
+    def forget_setting(self, key: str) -> None:
+        """Have a setting of the root as if it had never been set."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM setting WHERE key = ?", (key,))
+
     def integrity_errors(self) -> list[str]:
         """What SQLite's own check finds wrong with the file."""
         found = [str(row[0]) for row in self.rows("PRAGMA integrity_check")]
