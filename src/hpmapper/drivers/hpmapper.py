@@ -25,7 +25,6 @@ import io
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -153,6 +152,7 @@ class HpmapperDriver(UpperDriver):
             (made / "chain").write_text(_chain_text(chain))
             self._write_merged(chain, fresh, work, made / "map", image.name)
             sync.syncfs(work)
+            faults.point("finish.synced")
             try:
                 sync.rename_noreplace(made, image)
             except FileExistsError:
@@ -312,22 +312,24 @@ class _LazyMap:
         self._path = path
         self._objects = objects
         self._stack = stack
+        self._opened: Map | None = None
 
-    @cached_property
     def _map(self) -> Map:
-        return self._stack.enter_context(Map.open(self._path))
+        if self._opened is None:
+            self._opened = self._stack.enter_context(Map.open(self._path))
+        return self._opened
 
     def lookup(self, path: bytes) -> Inode | None:
-        return self._map.lookup(path)
+        return self._map().lookup(path)
 
     def names(self, path: bytes) -> list[bytes]:
-        directory = self._map.lookup(path)
-        return self._map.names(directory) if directory is not None else []
+        directory = self._map().lookup(path)
+        return self._map().names(directory) if directory is not None else []
 
     def open(self, path: bytes) -> BinaryIO:
-        inode = self._map.lookup(path)
+        inode = self._map().lookup(path)
         if inode is None:
             raise FileNotFoundError(path)
         if isinstance(inode.content, bytes):
             return self._objects.open(inode.content)
-        return io.BytesIO(self._map.read(inode))
+        return io.BytesIO(self._map().read(inode))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import BinaryIO, Protocol
 
 from hpmapper.tree import Inode
@@ -71,16 +70,19 @@ class Later:
 
     def __init__(self, make: Callable[[], Merged]) -> None:
         self._make = make
+        self._made: Merged | None = None
 
-    @cached_property
     def _merged(self) -> Merged:
-        return self._make()
+        # Not a cached_property: until Python 3.12 all instances share its lock, and making may wait for another layer.
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
     def lookup(self, path: bytes) -> Inode | None:
-        return self._merged.lookup(path)
+        return self._merged().lookup(path)
 
     def names(self, path: bytes) -> list[bytes]:
-        return self._merged.names(path)
+        return self._merged().names(path)
 
     def open(self, path: bytes) -> BinaryIO:
-        return self._merged.open(path)
+        return self._merged().open(path)

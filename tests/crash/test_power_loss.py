@@ -1,0 +1,193 @@
+"""Power loss: while operations run, the disk is cloned as it is at an instant; the clone is brought up as after a boot.
+
+    disk.img (XFS, reflink) ── A/outer.img ── loop, direct I/O ── B/ (XFS) ── root/hpmapper.db
+                                                                              root/pool.img ── loop ── pool (XFS)
+
+A clone of outer.img is what B's disk holds at that instant, with everything that B's and the pool's page caches had not
+yet written missing: database and pool are cut off together, as a power failure would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hpmapper.check import check
+from hpmapper.config import Config
+from hpmapper.engine import Engine
+from hpmapper.kernel import clone, loop, mount
+from hpmapper.meta import snapshots
+from hpmapper.meta.db import Database
+from hpmapper.pool import filesystem
+from hpmapper.pool.base import MIB, PoolFs
+from hpmapper.root import open_root
+
+pytestmark = pytest.mark.kernel
+
+INSTANTS = 8
+SEED = 20191120
+
+WORKER = """
+import io, os, random, sys, tarfile
+from pathlib import Path
+from hpmapper.config import Config
+from hpmapper.containers import Containers
+from hpmapper.engine import Blob
+from hpmapper.images import Images
+from hpmapper.image.documents import ImportOptions
+from hpmapper.layer.stream import Expected
+from hpmapper.root import open_root
+
+def layer(rng):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for number in range(rng.randrange(1, 40)):
+            member = tarfile.TarInfo(f"d{rng.randrange(5)}/f{number}")
+            data = rng.randbytes(rng.choice((10, 900, 5000, 70_000, 400_000)))
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+def say(*words):
+    print(*words, flush=True)
+
+rng = random.Random(int(sys.argv[2]))
+with open_root(Config(root=Path(sys.argv[1]), driver="hpmapper").with_options(["pool.size=400M"])) as opened:
+    engine, containers = opened.engine, Containers(opened.engine)
+    say("ready")
+    for turn in range(10_000):
+        with engine.lease() as lease:
+            tars = [layer(rng) for _ in range(rng.randrange(1, 4))]
+            blobs = [Blob(Expected(), lambda tar=tar: io.BytesIO(tar)) for tar in tars]
+            taken = engine.take_layers(blobs, lease)
+            top = taken[-1].snapshot
+            config = b'{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"n":%d}' % turn
+            Images(engine).record(config, top, 0, [f"docker.io/library/image:{turn}"])
+        for one in taken:
+            say("committed", one.snapshot.key, one.ingested.digests.diff_id)
+        made = containers.create(f"image:{turn}", f"c{turn}")
+        root = containers.mount(made)
+        (root / "written").write_bytes(rng.randbytes(3000))
+        new = engine.commit(containers.snapshot(made)).snapshot
+        say("committed", new.key, "-")
+        if turn % 3 == 2:
+            containers.remove(containers.get(f"c{turn - 1}"))
+            say("gone", f"c{turn - 1}")
+"""
+
+
+@contextmanager
+def mounted(image: Path, target: Path) -> Iterator[Path]:
+    """An XFS image at `target`, through a loop device that bypasses the page cache below."""
+    with loop.attached(image, block_size=4096) as device:
+        mount.filesystem("xfs", device, target)
+    try:
+        yield target
+    finally:
+        for one in mount.mounts_below(target):
+            mount.umount(one.target)
+
+
+def made_xfs(image: Path, size: int) -> Path:
+    image.touch()
+    os.truncate(image, size)
+    filesystem.make(PoolFs.XFS, image, str(uuid.uuid4()))
+    return image
+
+
+class Witness:
+    """A worker process, and what it has reported so far."""
+
+    def __init__(self, root: Path) -> None:
+        command = [sys.executable, "-c", WORKER, str(root), str(SEED)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as out:
+            self.lines.extend(line.strip() for line in out)
+
+    def reported(self) -> list[str]:
+        assert self._process.poll() is None, f"the worker ended with status {self._process.returncode}"
+        return list(self.lines)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+
+def clone_file(source: Path, target: Path) -> None:
+    with source.open("rb") as old, target.open("wb") as new:
+        clone.clone(old.fileno(), new.fileno())
+
+
+def verify(engine: Engine, reported: list[str]) -> int:
+    """Everything that had been reported is there, whole; returns how many layers that was."""
+    committed = [line.split()[1:] for line in reported if line.startswith("committed")]
+    for key, diff_id in committed:
+        digest = hashlib.sha256()
+        for piece in engine.read_tar(snapshots.get(engine.db, key)):
+            digest.update(piece)
+        assert diff_id in ("-", f"sha256:{digest.hexdigest()}")
+    assert list(check(engine)) == []
+    return len(committed)
+
+
+def test_what_was_reported_committed_survives_power_loss(tmp_path: Path) -> None:
+    below, disk = tmp_path / "A", tmp_path / "B"
+    below.mkdir()
+    disk.mkdir()
+    rng = random.Random(SEED)
+    clones: list[tuple[Path, list[str]]] = []
+    with mounted(made_xfs(tmp_path / "disk.img", 6144 * MIB), below):
+        outer = made_xfs(below / "outer.img", 2048 * MIB)
+        with mounted(outer, disk):
+            witness = Witness(disk / "root")
+            try:
+                wait_for(witness, 3)
+                for number in range(INSTANTS):
+                    time.sleep(rng.uniform(0.05, 0.8))
+                    reported = witness.reported()
+                    clone_file(outer, below / f"clone{number}.img")
+                    clones.append((below / f"clone{number}.img", reported))
+            finally:
+                witness.stop()
+        counts = [bring_up(image, disk, reported) for image, reported in clones]
+    print(f"{len(counts)} instants, with {counts} layers reported by then, all of them intact")
+    assert counts[-1] > counts[0] > 0
+
+
+def wait_for(witness: Witness, lines: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(witness.reported()) < lines:
+        assert time.monotonic() < deadline, "the worker reports nothing"
+        time.sleep(0.05)
+
+
+def bring_up(image: Path, disk: Path, reported: list[str]) -> int:
+    """Boot from a clone: its file systems replay their journals, the root reconciles."""
+    with mounted(image, disk):
+        before = Database(disk / "root" / "hpmapper.db")
+        before.set_setting("boot_id", "the boot before")
+        before.close()
+        with open_root(Config(root=disk / "root"), create=False) as opened:
+            engine = opened.engine
+            assert engine.db.setting("boot_id") != "the boot before"
+            count = verify(engine, reported)
+            engine.detach()
+        return count
