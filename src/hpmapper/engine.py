@@ -376,12 +376,14 @@ class Engine:
                 if not workspace.is_alive(self.driver.scratch, holder.partition("/")[0]):
                     snapshots.release(transaction, holder)
             snapshots.forget_unused_chains(transaction)
+        faults.point("collect.chains-forgotten")
         gone = 0
         for layer in snapshots.unused_layers(self.db):
             with self.db.transaction() as transaction:
                 gone += snapshots.forget_layer(transaction, layer)
             faults.point("collect.layer-forgotten")
         self._remove_unknown()
+        faults.point("collect.layers-removed")
         with self.db.transaction() as transaction:
             objects = snapshots.forget_unused_objects(transaction)
         faults.point("collect.objects-forgotten")
@@ -397,7 +399,9 @@ class Engine:
         for snapshot, owner in snapshots.unfinished(self.db):
             if owner is None or not workspace.is_alive(self.driver.scratch, owner):
                 self._undo(snapshot)
+        faults.point("reconcile.undone")
         workspace.sweep(self.driver.scratch)
+        faults.point("reconcile.swept")
         boot = _BOOT_ID.read_text().strip()
         if self.db.setting("boot_id") != boot:
             self._remove_unknown()
@@ -411,6 +415,7 @@ class Engine:
     def _undo(self, snapshot: SnapshotId) -> None:
         log.info("undoing unfinished snapshot %s", snapshot)
         self.driver.remove_layer(snapshot)
+        faults.point("undo.layer-removed")
         self._finish_removal(snapshot)
 
     def _remove_unknown(self) -> None:

@@ -88,6 +88,7 @@ def unpack(
         raise _explained(error) from error
     faults.point("ingest.unpacked")
     sync.syncfs(work)
+    faults.point("ingest.synced")
     made.rename(layer)
     faults.point("ingest.layer-renamed")
     sync.syncfs(work)
@@ -146,6 +147,7 @@ class _Unpacker:
 
     def unpack(self, root: Inode) -> None:
         directories = []
+        before = os.stat(self._top).st_mtime_ns
         for path, inode in walk(root):
             target = self._top + b"/" + path if path else self._top
             if inode.is_dir:
@@ -164,6 +166,8 @@ class _Unpacker:
                 self._made[inode] = target
         for target, inode in reversed(directories):  # last, since filling a directory changes its times
             self._attributes(target, inode)
+        if not self._overlay and (IMPLIED_ROOT, b"y") in root.xattrs:
+            os.utime(self._top, ns=(before, before))
 
     def _directory(self, target: bytes, inode: Inode) -> None:
         try:

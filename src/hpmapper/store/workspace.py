@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
+from hpmapper import faults
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import lock
 
@@ -36,6 +37,7 @@ class Workspace:
         while True:
             path = scratch / secrets.token_hex(8)
             path.mkdir(mode=0o700)
+            faults.point("workspace.made")
             fd = self._stack.enter_context(lock.exclusive(path))
             # A sweeper may have removed the directory between the two calls.
             if os.path.lexists(path) and os.path.samestat(os.fstat(fd), path.stat()):
@@ -110,6 +112,7 @@ def discard(path: Path, scratch: Path) -> None:
     with workspace(scratch) as grave:
         try:
             path.rename(grave / "0")
+            faults.point("discard.moved")
         except FileNotFoundError:
             pass
         except OSError as error:

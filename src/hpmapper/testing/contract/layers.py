@@ -301,7 +301,8 @@ def directories_that_nobody_mentions(subject: Subject) -> None:
 def implied_root(subject: Subject) -> None:
     """The root is as the nearest layer that mentions it says."""
     base = subject.layer(tar(folder(b"./", 0o700), member(b"a", b"a")))
-    assert _brought(subject, tar(member(b"b", b"b")), base).stat().st_mode & 0o7777 == 0o700
+    root = _brought(subject, tar(member(b"b", b"b")), base).stat()
+    assert (root.st_mode & 0o7777, root.st_mtime) == (0o700, 1_600_000_000)
     assert _brought(subject, tar(folder(b"/", 0o711), member(b"c")), base).stat().st_mode & 0o7777 == 0o711
     assert _brought(subject, tar(member(b"only", b"o"))).stat().st_mode & 0o7777 == 0o755
 

@@ -1,4 +1,4 @@
-"""Kernel tests: real mounts and loop devices, in a mount namespace of their own, and nothing may stay behind."""
+"""Tests marked `kernel`: real mounts and loop devices, in a mount namespace of their own; nothing may stay behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hpmapper.kernel.fscontext import MOUNT_ATTR_NOATIME
 from hpmapper.pool import filesystem
 from hpmapper.pool.base import MIB, PoolFs
 
-pytest.register_assert_rewrite("hpmapper.testing.contract")  # so that a failed case says what was compared
+pytest.register_assert_rewrite(
+    "hpmapper.testing.contract", "tests.scenario"
+)  # so that a failed case says what was compared
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,19 +23,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("kernel"):
-            item.add_marker(pytest.mark.skip(reason="needs root: sudo pytest tests/kernel"))
+            item.add_marker(pytest.mark.skip(reason="needs root: sudo ./test"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def private_mounts() -> None:
+def private_mounts(request: pytest.FixtureRequest) -> None:
     """No mount made here is seen outside, and all of them end with the test process. (Loop devices do not.)"""
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and any(item.get_closest_marker("kernel") for item in request.session.items):
         mount.private_namespace()
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(tmp_path: Path, private_mounts: None) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest, private_mounts: None) -> Iterator[None]:
     """Fail a test that leaves a mount, or a loop device over one of its files; clean up after it in any case."""
+    if not request.node.get_closest_marker("kernel"):
+        yield
+        return
+    tmp_path: Path = request.getfixturevalue("tmp_path")
     before = {one.id for one in mount.mounts()}
     yield
     mounts = [one for one in reversed(mount.mounts()) if one.id not in before]
