@@ -27,15 +27,19 @@ from hpmapper.model import ObjectDigest
 
 log = logging.getLogger(__name__)
 
+_REBUILT = "made again from its own tar"
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A broken invariant: which, on what object, how, and what was done about it ("" where nothing was)."""
+    """A broken invariant: which, on what object, how, what was done about it ("" where nothing was), and whether
+    all is well again now."""
 
     invariant: str
     subject: str
     problem: str
     repair: str = ""
+    mended: bool = False
 
 
 def check(engine: Engine, *, repair: bool = False) -> Iterator[Finding]:
@@ -65,7 +69,7 @@ class _Check:
         yield from self._recovered(bad_layers)
         done = "dropped: it is made again when needed" if self._repair else ""
         for problem in self._driver.check_derived(repair=self._repair):
-            yield Finding("derived", problem.subject, problem.text, done)
+            yield Finding("derived", problem.subject, problem.text, done, self._repair)
 
     def _snapshots(self) -> Iterator[Finding]:
         stored = self._driver.stored().snapshots
@@ -86,16 +90,16 @@ class _Check:
         for snapshot in sorted(stored.snapshots - named.snapshots):
             if self._repair:
                 self._driver.remove(snapshot)
-            yield Finding("unnamed", f"storage of snapshot {snapshot}", "nothing names it", done)
+            yield Finding("unnamed", f"storage of snapshot {snapshot}", "nothing names it", done, self._repair)
         for layer in sorted(stored.layers - named.layers):
             if self._repair:
                 self._driver.remove_layer(layer)
-            yield Finding("unnamed", f"storage of layer {layer}", "nothing names it", done)
+            yield Finding("unnamed", f"storage of layer {layer}", "nothing names it", done, self._repair)
         strays = stored.objects - {digest for digest, _ in snapshots.objects(self._db)}
         if strays and self._repair:
             self._driver.sweep_objects(lambda: {digest for digest, _ in snapshots.objects(self._db)}, timeout=60)
         for digest in sorted(strays):
-            yield Finding("unnamed", f"object {digest.hex()}", "nothing names it", done)
+            yield Finding("unnamed", f"object {digest.hex()}", "nothing names it", done, self._repair)
 
     def _bad_objects(self) -> Iterator[tuple[ObjectDigest, str]]:
         for digest, size in snapshots.objects(self._db):
@@ -140,7 +144,7 @@ class _Check:
     def _mend_layers(self, bad: dict[Layer, Finding]) -> Iterator[Finding]:
         for layer, finding in bad.items():
             done = self._mend_layer(layer) if self._repair else ""
-            yield Finding(finding.invariant, finding.subject, finding.problem, done)
+            yield Finding(finding.invariant, finding.subject, finding.problem, done, done == _REBUILT)
 
     def _mend_layer(self, layer: Layer) -> str:
         try:
@@ -150,7 +154,7 @@ class _Check:
             with self._db.transaction() as transaction:
                 snapshots.mark_damaged(transaction, layer.id)
             return "marked: pull the images that need it again"
-        return "made again from its own tar"
+        return _REBUILT
 
     def _recovered(self, bad: dict[Layer, Finding]) -> Iterator[Finding]:
         """Layers that were marked and are whole again, since another image brought back what they lacked."""
@@ -160,4 +164,4 @@ class _Check:
                     with self._db.transaction() as transaction:
                         snapshots.mark_damaged(transaction, layer.id, damaged=False)
                 done = "mark removed" if self._repair else ""
-                yield Finding("layer", f"layer {layer.id}", "it is marked as damaged, but whole", done)
+                yield Finding("layer", f"layer {layer.id}", "it is marked as damaged, but whole", done, self._repair)

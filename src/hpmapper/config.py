@@ -140,7 +140,7 @@ class _Reader:
                 config = config.with_options([word])
             except InvalidArgument as error:
                 name = word.partition("=")[0]
-                raise self._refused(name.rpartition(".")[2], error.message, error.hint) from None
+                raise self._refused(name, error.message, error.hint, name.rpartition(".")[2]) from None
         return config
 
     def _nested(self, table: Mapping[str, object]) -> list[str]:
@@ -174,8 +174,12 @@ class _Reader:
             raise self._refused(key, f"{key or 'the file'} is not a table of settings", "")
         return value
 
-    def _refused(self, word: str, message: str, hint: str) -> InvalidArgument:
-        pattern = re.compile(rf"(?<![\w.-]){re.escape(word)}(?![\w-])")
-        line = next((number for number, text in enumerate(self._lines, 1) if word and pattern.search(text)), 0)
+    def _refused(self, word: str, message: str, hint: str, otherwise: str = "") -> InvalidArgument:
+        """The error, with the line that has the word (or, where a table says it in parts, its last part)."""
+        line = self._line_of(word) or self._line_of(otherwise)
         where = f"config file {self._file}, line {line}" if line else f"config file {self._file}"
         return InvalidArgument(f"{where}: {message}", hint=hint)
+
+    def _line_of(self, word: str) -> int:
+        pattern = re.compile(rf"(?<![\w.-]){re.escape(word)}(?![\w-])")
+        return next((number for number, text in enumerate(self._lines, 1) if word and pattern.search(text)), 0)

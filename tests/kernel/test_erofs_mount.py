@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.strategies import EPOCH, SECOND, Sample, object_file, samples, symlink
 
 from hpmapper.erofs import overlay
+from hpmapper.model import object_path
 from hpmapper.tree import Inode, Xattrs, directory, walk, whiteout
+from tests.strategies import EPOCH, SECOND, Sample, object_file, samples, symlink
 
 pytestmark = [
     pytest.mark.kernel,
@@ -214,7 +215,7 @@ def test_overlay_understands(tmp_path: Path) -> None:
     data = os.urandom(5000)
     content = sample.root.entries()[b"object-xattrs"].content
     assert isinstance(content, bytes)
-    target = tmp_path / "objects" / overlay.object_path(content)
+    target = tmp_path / "objects" / object_path(content)
     target.parent.mkdir(parents=True)
     target.write_bytes(data)
     for name in ("opaque/hidden", "gone/hidden"):

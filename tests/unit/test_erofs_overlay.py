@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from tests.strategies import Sample, object_file
 
 from hpmapper.erofs import overlay
 from hpmapper.erofs.reader import Map
 from hpmapper.errors import Corrupt
-from hpmapper.model import ObjectDigest
+from hpmapper.model import ObjectDigest, object_path
 from hpmapper.tree import Xattrs
+from tests.strategies import Sample, object_file
 
 DIGEST = ObjectDigest(bytes(range(0xA0, 0xC0)))
 
 
 def test_object_path() -> None:
-    assert overlay.object_path(DIGEST) == "a0/" + DIGEST.hex()[2:]
+    assert object_path(DIGEST) == "a0/" + DIGEST.hex()[2:]
 
 
 @pytest.mark.parametrize(

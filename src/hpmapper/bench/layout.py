@@ -26,7 +26,7 @@ from hpmapper.bench.measure import cached_below, drop_caches, files, read_all, r
 from hpmapper.containers import Containers
 from hpmapper.drivers.base import Chain, Fresh
 from hpmapper.drivers.hpmapper import HpmapperDriver
-from hpmapper.drivers.upper import METADATA_COPIES
+from hpmapper.drivers.upper import METADATA_COPIES_MARK
 from hpmapper.engine import Engine, Taken
 from hpmapper.image.opening import SourceOptions
 from hpmapper.images import Images
@@ -36,7 +36,7 @@ from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Snapshot
 from hpmapper.model import SnapshotId
 from hpmapper.pool import open_pool
-from hpmapper.pool.base import GIB, Pool, PoolConfig, PoolKind
+from hpmapper.pool.base import GIB, PoolConfig, PoolKind
 from hpmapper.pool.floor import Floor
 
 Seen = dict[str, list[float]]
@@ -46,9 +46,9 @@ Seen = dict[str, list[float]]
 class StackedDriver(HpmapperDriver):
     """The alternative: overlayfs stacks the layers' own maps, which takes metadata-only copies (metacopy=on)."""
 
-    def __init__(self, pool: Pool, *, inline_below: int, map_form: ErofsForm | None) -> None:
-        super().__init__(pool, inline_below=inline_below, map_form=map_form)
-        self._options = METADATA_COPIES
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
+        super().prepare(snapshot, chain, read_only=read_only)
+        (self._snapshot(snapshot) / METADATA_COPIES_MARK).touch()
 
     def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         """Nothing is merged."""

@@ -215,11 +215,11 @@ def fsck(state: State, repair: bool) -> None:
     """
     with session(state) as opened:
         findings = list(_told(check(opened.engine, repair=repair), quiet=state.json))
-    left = [finding for finding in findings if not finding.repair]
+    left = [finding for finding in findings if not finding.mended]
     facts = {"findings": list(map(dataclasses.asdict, findings)), "unrepaired": len(left)}
     output.show(state, facts, lambda: "" if findings else "all is well")
     if left:
-        hint = "it cannot be mended here" if repair else "hpmapper fsck --repair mends what can be mended"
+        hint = "pull again the images that need them" if repair else "hpmapper fsck --repair mends what can be mended"
         raise Corrupt(f"{len(left)} things are wrong", hint=hint)
 
 

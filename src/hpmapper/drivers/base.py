@@ -88,7 +88,7 @@ class Ingested:
 
     Attributes:
         layer: its number.
-        digests: of the stream, verified by the caller against what was promised.
+        digests: of the stream, which are what was promised.
         bound: holds above this chain only.
         digest: of the driver's own form of the layer (the map), for fsck.
         objects: the stored objects that it needs, with their sizes in bytes.

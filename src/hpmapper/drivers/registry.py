@@ -89,9 +89,7 @@ def probe(registered: Registered, directory: Path, pool: PoolConfig) -> Verdict:
 def _groups(registered: Registered, pool: PoolConfig) -> list[tuple[str, ...]]:
     groups = list(registered.needs)
     if registered.needs_pool:
-        groups.append(
-            {PoolKind.LOOP: ("loop-direct-io",), PoolKind.DIRECTORY: ("reflink",)}.get(pool.kind, ("mounting",))
-        )
+        groups.append(_POOL_NEEDS[pool.kind])
     return groups
 
 

@@ -33,6 +33,9 @@ PORTABLE = {"index": "off", "metacopy": "off", "redirect_dir": "nofollow"}
 METADATA_COPIES = {"index": "off", "metacopy": "on", "redirect_dir": "on"}
 """What data-only layers need before Linux 6.16; our own diff knows both kinds of xattrs."""
 
+METADATA_COPIES_MARK = "metacopy"
+"""A file in a/ID: the upper was written under `METADATA_COPIES`, and is to be mounted so for good."""
+
 
 class UpperDriver:
     """A driver's part that deals in snapshots; subclasses deal in layers."""
@@ -40,7 +43,6 @@ class UpperDriver:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.scratch = home / "t"
-        self._options = PORTABLE
         self._device = -1
 
     # What a subclass says of its layers.
@@ -94,13 +96,18 @@ class UpperDriver:
         # Even a view needs u: it carries the root's attributes, and overlayfs wants two layers without an upper.
         lowers = [f"{top}/u", *lowers] if read_only else lowers
         stack = lowers if len(lowers) > (1 if read_only else 0) else [*lowers, f"{self.home}/empty"]
-        try:
-            mount.overlay(f"{top}/m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
-        except OSError as error:
-            if error.errno != errno.EINVAL or self._data() is None or self._options is METADATA_COPIES:
-                raise
-            self._options = METADATA_COPIES
-            mount.overlay(f"{top}/m", lowers=stack, data=self._data(), upper=upper, work=work, options=self._options)
+        target, data = f"{top}/m", self._data()
+        if not _has_metadata_copies(top):
+            try:
+                mount.overlay(target, lowers=stack, data=data, upper=upper, work=work, options=PORTABLE)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL or data is None:
+                    raise
+                # Before Linux 6.16. Written down first: what reads the upper must know, also after a kernel update.
+                with open(f"{top}/{METADATA_COPIES_MARK}", "wb"):
+                    pass
+        mount.overlay(target, lowers=stack, data=data, upper=upper, work=work, options=METADATA_COPIES)
 
     def _is_mounted(self, target: str) -> bool:
         """Whether an overlay or a map is mounted at `target`: both have a device number of their own."""
@@ -134,7 +141,8 @@ class UpperDriver:
 
     def _merged(self, snapshot: SnapshotId, chain: Chain) -> bytes | None:
         """The mount, where the upper alone does not hold all data."""
-        return os.fsencode(self.mount(snapshot, chain)) if self._options is METADATA_COPIES else None
+        copies = _has_metadata_copies(str(self._snapshot(snapshot)))
+        return os.fsencode(self.mount(snapshot, chain)) if copies else None
 
     def remove(self, snapshot: SnapshotId) -> None:
         self.unmount(snapshot)
@@ -153,6 +161,10 @@ class UpperDriver:
     def _detach_snapshots(self) -> None:
         for entry in list(os.scandir(self.home / "a")):
             unmount_path(Path(entry.path) / "m")
+
+
+def _has_metadata_copies(top: str) -> bool:
+    return os.path.exists(f"{top}/{METADATA_COPIES_MARK}")
 
 
 def _copy_root_attributes(upper: str, lowers: Sequence[str]) -> None:

@@ -381,7 +381,7 @@ _XATTR_SPACES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
 
 def _checked(entry: Entry) -> Xattrs:
     for name, value in entry.xattrs:
-        if not name.startswith(_XATTR_SPACES) or len(name) > 255 or b"\0" in name or len(value) > 65536:
+        if not name.startswith(_XATTR_SPACES) or len(name) > 255 or b"\0" in name or len(value) > 65535:
             raise InvalidArgument(f"tar member {entry.name!r} has an extended attribute Linux refuses: {name[:80]!r}")
     # overlayfs reads user.overlay.* where it runs without privileges; nothing of a tar may speak to it.
     kept = ((name, value) for name, value in entry.xattrs if not name.startswith((b"user.overlay.", IMPLIED_ROOT)))

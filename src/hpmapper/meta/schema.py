@@ -10,7 +10,7 @@ VERSION = 1
 """Kept in `PRAGMA user_version`. A newer one is refused, an older one migrated by `MIGRATIONS`."""
 
 SCHEMA = """
--- What holds for the whole root: 'driver', 'options', 'pool' (json), 'boot_id' of the last full reconciliation.
+-- What holds for the whole root: 'driver', 'pool' (json), 'boot_id' of the last full reconciliation.
 CREATE TABLE setting (
     key   TEXT PRIMARY KEY,
     value TEXT NOT NULL

@@ -276,7 +276,7 @@ def unfinished(db: Database) -> list[tuple[SnapshotId, str | None]]:
 
 
 def hold(db: Transaction, holder: str, snapshot: SnapshotId) -> None:
-    """Lease a snapshot: `unused_chains` leaves it alone until `release`."""
+    """Lease a snapshot: `forget_unused_chains` leaves it alone until `release`."""
     db.execute("INSERT OR IGNORE INTO lease VALUES (?, ?)", (holder, snapshot))
 
 
