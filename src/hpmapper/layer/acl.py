@@ -33,7 +33,8 @@ def acl_from_text(text: bytes) -> bytes:
     Raises:
         InvalidArgument: not an ACL, or a name without a number.
     """
-    entries = sorted(_entry(item.strip()) for item in text.replace(b"\n", b",").split(b",") if item.strip())
+    entries = [_entry(item.strip()) for item in text.replace(b"\n", b",").split(b",") if item.strip()]
+    entries.sort(key=lambda entry: (entry[0], entry[2]))  # as acl_set_file(3) has them: by tag, then by id
     return _VERSION + b"".join(_ENTRY.pack(*entry) for entry in entries)
 
 

@@ -193,6 +193,8 @@ def _apply_records(entry: Entry, records: dict[bytes, bytes]) -> None:
             xattrs[key[13:]] = value
         elif key.startswith(b"LIBARCHIVE.xattr."):
             xattrs.setdefault(unquote_to_bytes(key[17:]), _base64(value))
+        elif not value:
+            continue  # POSIX: it takes back what was said before, so the header's own field counts
         elif key in _ACLS:
             xattrs.setdefault(_ACLS[key], acl_from_text(value))
         elif key == b"path":
