@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 
 from hpmapper.erofs import overlay
 from hpmapper.model import object_path
-from hpmapper.model import object_path
 from hpmapper.tree import Inode, Xattrs, directory, walk, whiteout
 from tests.strategies import EPOCH, SECOND, Sample, object_file, samples, symlink
 

@@ -40,7 +40,7 @@ def read_all(blob: bytes | io.BytesIO) -> tuple[bytes, Digests]:
 
 
 def gzip_with_header(data: bytes) -> bytes:
-    """A member with extra field, name and comment (RFC 1952), without header checksum: igzip needs those in one piece."""
+    """A member with extra field, name and comment (RFC 1952), but no header checksum: igzip needs it in one piece."""
     head = b"\x1f\x8b\x08\x1c" + bytes(6) + b"\x03\x00abc" + b"name\0" + b"comment\0"
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     body = packer.compress(data) + packer.flush()
