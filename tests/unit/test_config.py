@@ -1,0 +1,95 @@
+"""What the operator wants: files of both kinds, options, and refusals that name the line and the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpmapper.config import DEFAULT_ROOT, Config, load
+from hpmapper.errors import InvalidArgument, NotFound
+from hpmapper.pool.base import GIB, PoolFs, PoolKind
+from hpmapper.pool.floor import DEFAULT_FLOOR, Floor
+
+
+def written(directory: Path, name: str, text: str) -> Path:
+    path = directory / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_toml_with_tables(tmp_path: Path) -> None:
+    text = 'storage-driver = "hpmapper"\nroot = "/srv/h"\nmin_free_space = "5G"\n[pool]\nsize = "200G"\nfs = "btrfs"\n'
+    config = load(written(tmp_path, "config.toml", text))
+    assert (config.driver, config.root) == ("hpmapper", Path("/srv/h"))
+    pool = config.pool()
+    assert (pool.kind, pool.size, pool.fs) == (PoolKind.LOOP, 200 * GIB, PoolFs.BTRFS)
+    assert config.floor() == Floor(bytes=5 * GIB)
+
+
+def test_daemon_json_keeps_dockers_other_keys_to_docker(tmp_path: Path) -> None:
+    text = '{"debug": true, "data-root": "/x", "storage-driver": "overlay2", "storage-opts": ["min_free_space=20%"]}'
+    config = load(written(tmp_path, "daemon.json", text))
+    assert (config.driver, config.root) == ("overlay", DEFAULT_ROOT)
+    assert config.floor() == Floor(percent=20)
+
+
+def test_nothing_said_is_the_defaults() -> None:
+    config = Config()
+    assert config.driver is None
+    assert config.floor() == DEFAULT_FLOOR
+    assert config.pool().kind is PoolKind.LOOP
+
+
+def test_the_last_option_counts() -> None:
+    config = Config().with_options(["pool.size=1G", "hpmapper.pool.size=2G"])
+    assert config.pool().size == 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"), [("pool.device=/dev/sdz", PoolKind.DIRECT), ("pool.directory=/srv/pool", PoolKind.DIRECTORY)]
+)
+def test_a_device_or_directory_says_the_kind(option: str, kind: PoolKind) -> None:
+    assert Config().with_options([option]).pool().kind is kind
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "hint"),
+    [
+        ('root = "/r"\nstorage-drivr = "vfs"\n', 2, "storage-driver"),
+        ('\nstorage-driver = "overly"\n', 2, "overlay"),
+        ('storage-opts = [\n  "min_free_space=1G",\n  "pool.sise=1G",\n]\n', 3, "pool.size"),
+        ('[pool]\nsise = "1G"\n', 2, "pool.size"),
+        ("storage-opts = 5\n", 1, "NAME=VALUE"),
+    ],
+)
+def test_what_is_unknown_is_named_with_its_line(tmp_path: Path, text: str, line: int, hint: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        load(written(tmp_path, "config.toml", text))
+    assert f"line {line}:" in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(("name", "text"), [("c.toml", "storage-driver = \n"), ("d.json", '{"storage-driver": \n}')])
+def test_malformed_files_are_refused_with_the_line(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"line [12]"):
+        load(written(tmp_path, name, text))
+
+
+@pytest.mark.parametrize("option", ["pool.kind=lop", "pool.fs=ext4", "pool.size=big"])
+def test_values_of_no_kind_are_refused(option: str) -> None:
+    with pytest.raises(InvalidArgument):
+        Config().with_options([option]).pool()
+
+
+def test_a_missing_file_is_an_error_only_when_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        load(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("text", ["\udcff", "[]", '"text"', "5"])
+def test_json_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "daemon.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InvalidArgument):
+        load(path)
