@@ -140,9 +140,17 @@ def _decimal_seconds(mtime_ns: int) -> str:
     return f"{'-' * (mtime_ns < 0)}{whole}.{fraction:09}"
 
 
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _xattr_record(name: bytes, value: bytes) -> tuple[str, str]:
-    """A pax record; "=" in a name, which SCHILY's form cannot hold, goes into libarchive's."""
-    if b"=" in name:
+    """A pax record; a name with "=" or one that is no UTF-8, which SCHILY's form cannot hold, goes into libarchive's."""
+    if b"=" in name or not _is_utf8(name):
         encoded = binascii.b2a_base64(value, newline=False).rstrip(b"=")
         return f"LIBARCHIVE.xattr.{quote_from_bytes(name)}", encoded.decode("ascii")
     return f"SCHILY.xattr.{_text(name)}", _text(value)
