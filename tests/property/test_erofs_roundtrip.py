@@ -8,13 +8,13 @@ from contextlib import suppress
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.strategies import UUID, Sample, fsck, map_facts, reseal, samples
 
 from hpmapper.erofs.dump import dump
 from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
 from hpmapper.errors import Corrupt
 from hpmapper.tree import Inode, walk
+from tests.strategies import UUID, Sample, fsck, map_facts, reseal, samples
 
 _slow_is_fine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 

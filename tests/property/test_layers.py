@@ -77,7 +77,8 @@ def contents(draw: st.DrawFn, deletions: bool = False, max_entries: int = 20) ->
     """A layer: every type, links, directories anywhere; with `deletions` whiteouts and opaque directories too."""
     root = directory(draw(st.integers(0, 0o7777)), draw(_owners), draw(_owners), draw(_root_times))
     content = Content(root, {})
-    directories, others = [root], []
+    directories = [root]
+    others: list[Inode] = []
     for _ in range(draw(st.integers(0, max_entries))):
         inode = draw(st.sampled_from(others)) if others and draw(st.integers(0, 5)) == 0 else None
         if inode is None:

@@ -10,13 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.strategies import EPOCH, Sample, facts, map_facts, object_file, reseal, symlink
 
 from hpmapper.erofs import format as fmt
 from hpmapper.erofs.hashes import crc32c, xxh32
 from hpmapper.erofs.reader import Map, MapInode
 from hpmapper.errors import Corrupt
 from hpmapper.tree import directory, walk
+from tests.strategies import EPOCH, Sample, facts, map_facts, object_file, reseal, symlink
 
 
 def test_hashes() -> None:

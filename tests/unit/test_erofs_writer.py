@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.strategies import EPOCH, SECOND, UUID, Sample, fsck, map_facts, object_file, symlink
 
 from hpmapper.erofs import format as fmt
 from hpmapper.erofs.dump import dump
@@ -20,6 +19,7 @@ from hpmapper.erofs.writer import write_map
 from hpmapper.errors import Corrupt, InvalidArgument
 from hpmapper.model import ObjectDigest
 from hpmapper.tree import Inode, directory, whiteout
+from tests.strategies import EPOCH, SECOND, UUID, Sample, fsck, map_facts, object_file, symlink
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 GOLDEN_DIGEST = "8265dbfbe1bdc937fd135746bdbda1a67ab75f0087e57bf19a4eb236501658fb"

@@ -114,7 +114,7 @@ _specs: st.SearchStrategy[Spec] = st.recursive(
     st.dictionaries(_names, st.sampled_from(["x", "1", "22"]), max_size=3),
     lambda inner: st.dictionaries(_names, st.sampled_from(["x", "1"]) | inner | inner.map(_opaque), max_size=3),
     max_leaves=8,
-)  # type: ignore[assignment]
+)
 
 
 @given(st.lists(_specs, max_size=4))

@@ -149,7 +149,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 def _xattr_record(name: bytes, value: bytes) -> tuple[str, str]:
-    """A pax record; a name with "=" or one that is no UTF-8, which SCHILY's form cannot hold, goes into libarchive's."""
+    """A pax record; in libarchive's form where a name has "=" or is no UTF-8, which SCHILY's cannot hold."""
     if b"=" in name or not _is_utf8(name):
         encoded = binascii.b2a_base64(value, newline=False).rstrip(b"=")
         return f"LIBARCHIVE.xattr.{quote_from_bytes(name)}", encoded.decode("ascii")
