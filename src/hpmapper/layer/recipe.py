@@ -28,6 +28,7 @@ _LITERAL = struct.Struct("<cI")
 _RANGE = struct.Struct("<QQ")
 _BUFFER = 1 << 20
 _BATCH = 1000
+_MAX_OFFSET = 2**63 - 1  # off_t
 _LEVEL = 1  # headers shrink 20-fold at any level; level 1 costs a tenth of level 9
 
 
@@ -97,6 +98,8 @@ def _record(letter: bytes, records: zstd.ZstdFile, open_stored: Callable[[bytes]
     elif letter == b"R":
         name = _exactly(records, _exactly(records, 1)[0])
         offset, length = _RANGE.unpack(_exactly(records, _RANGE.size))
+        if max(offset, length) > _MAX_OFFSET:
+            raise Corrupt("a layer's recipe names a range that no file has", hint="run hpmapper fsck")
         with open_stored(name) as stored:
             stored.seek(offset)
             yield from _pieces(stored, length)
