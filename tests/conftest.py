@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def nothing_left(request: pytest.FixtureRequest, private_mounts: None) -> Iterat
         yield
         return
     tmp_path: Path = request.getfixturevalue("tmp_path")
-    before = {one.id for one in mount.mounts()}
+    before = Counter(one.target for one in mount.mounts())
     yield
-    mounts = [one for one in reversed(mount.mounts()) if one.id not in before]
+    mounts = _more_than(before)
     for one in mounts:
         mount.umount(one.target, lazy=True)
     loops = loops_over(tmp_path)
@@ -50,6 +51,20 @@ def nothing_left(request: pytest.FixtureRequest, private_mounts: None) -> Iterat
         loop.detach(device)
     assert not mounts, f"mounts left: {[one.target for one in mounts]}"
     assert not loops, f"loop devices left: {loops}"
+
+
+def _more_than(before: Counter[str]) -> list[mount.Mount]:
+    """The mounts that were not there before, last mounted first.
+
+    By place, not by number: a pool that a test attached again may have got another one.
+    """
+    seen: Counter[str] = Counter()
+    new = []
+    for one in mount.mounts():
+        seen[one.target] += 1
+        if seen[one.target] > before[one.target]:
+            new.append(one)
+    return new[::-1]
 
 
 def loops_over(directory: Path) -> list[str]:
