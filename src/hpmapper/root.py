@@ -180,9 +180,7 @@ def _make_pool(root: Path, db: Database, wanted: PoolConfig, *, force: bool = Fa
     """Make the pool; intent first, so that a crash in between is made good by the next call."""
     stored = db.setting("pool")
     earlier = PoolConfig.from_dict(json.loads(stored)) if stored else None
-    # What a crash cut off is finished only if it is still what is wanted.
-    same = earlier is not None and dataclasses.replace(earlier, uuid="") == wanted
-    intent = earlier if earlier is not None and same else wanted.with_uuid()
+    intent = earlier if earlier is not None and _is_wanted(earlier, wanted) else wanted.with_uuid()
     remember_pool(db, intent)
     try:
         made = open_pool(root, intent).create(force=force)
@@ -191,6 +189,11 @@ def _make_pool(root: Path, db: Database, wanted: PoolConfig, *, force: bool = Fa
         raise
     remember_pool(db, made)
     return made
+
+
+def _is_wanted(earlier: PoolConfig, wanted: PoolConfig) -> bool:
+    """Whether a pool that a crash cut off is still the one to make; its UUID and a size that was left open may differ."""
+    return dataclasses.replace(earlier, uuid="", size=earlier.size if wanted.size else 0) == wanted
 
 
 def _require_empty(db: Database) -> None:

@@ -17,18 +17,15 @@ from hpmapper.cli.groups import Lazy, LazyGroup
 from hpmapper.cli.state import State, json_option
 
 COMMANDS = {
-    "run": Lazy("hpmapper.cli.run:run", "Run a command in a new container."),
+    "run": Lazy("hpmapper.cli.run:run", "Run a command in a new container of IMAGE."),
     "image": Lazy("hpmapper.cli.image:image", "Bring in, list, save and remove images."),
     "container": Lazy("hpmapper.cli.container:container", "Make, inspect, commit and remove containers."),
     "pool": Lazy("hpmapper.cli.pool:pool", "Make, watch and grow the storage pool."),
     "info": Lazy("hpmapper.cli.system:info", "Show what is in use."),
     "doctor": Lazy("hpmapper.cli.system:doctor", "Try what this host can do."),
-    "drivers": Lazy(
-        "hpmapper.cli.system:drivers",
-        "List the storage drivers, the preferred ones first, and whether each works here.",
-    ),
-    "gc": Lazy("hpmapper.cli.system:gc", "Remove layers that no image has, and objects that no layer needs."),
-    "fsck": Lazy("hpmapper.cli.system:fsck", "Read everything that is stored and compare it with its digests."),
+    "drivers": Lazy("hpmapper.cli.system:drivers", "List the storage drivers and whether they work here."),
+    "gc": Lazy("hpmapper.cli.system:gc", "Remove what nothing refers to."),
+    "fsck": Lazy("hpmapper.cli.system:fsck", "Check all that is stored, byte by byte."),
 }
 
 

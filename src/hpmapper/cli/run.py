@@ -96,9 +96,9 @@ def run(
     remove: bool,
     **words: Any,
 ) -> None:
-    """Run a command in a new container of IMAGE, in the foreground, on the host's network.
+    """Run a command in a new container of IMAGE.
 
-    Without COMMAND the image's own is run. The exit status is the command's, or 125 when hpmapper itself fails.
+    It runs in the foreground, on the host's network. Without COMMAND the image's own is run. The exit status is the command's, or 125 when hpmapper itself fails.
     """
     state.failure = FAILED
     typed = Words(**words)

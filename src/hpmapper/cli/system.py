@@ -25,7 +25,7 @@ from hpmapper.runtime import place
 
 _TOOLS = (
     ("crun", "`hpmapper run`", "apt install crun"),
-    ("runc", "`hpmapper run`, where crun is missing", "apt install runc"),
+    ("runc", "`hpmapper run`, where crun is missing or refuses control groups of both versions", "apt install runc"),
     ("skopeo", "`hpmapper image pull`", "apt install skopeo"),
     ("mkfs.xfs", "loop and direct pools", "apt install xfsprogs"),
     ("mkfs.btrfs", "pools with --fs btrfs", "apt install btrfs-progs"),
@@ -41,7 +41,10 @@ _NONE = "there is none yet"
 @json_option
 @pass_state
 def info(state: State) -> None:
-    """Show what is in use: driver, pool, sizes, counts and the kernel's features."""
+    """Show what is in use.
+
+    The driver, the pool and its sizes, counts, and the kernel's features.
+    """
     config = config_of(state)
     with session(state) as opened:
         facts = _info(config, opened)
@@ -107,16 +110,19 @@ _directory = click.option(
 @json_option
 @pass_state
 def doctor(state: State, directory: Path | None) -> None:
-    """Try what this host can do, feature by feature, and say what each gives and how to get it."""
+    """Try what this host can do.
+
+    Each feature is really tried; what it gives is said, and how to get it.
+    """
     config = config_of(state)
-    place = _place(config, directory)
-    features = [*probe_all(place), *map(_tool, _TOOLS)]
+    where = _place(config, directory)
+    features = [*probe_all(where), *map(_tool, _TOOLS)]
     facts = {
-        "directory": str(place),
-        "filesystem": filesystem_name(place),
+        "directory": str(where),
+        "filesystem": filesystem_name(where),
         "features": list(map(dataclasses.asdict, features)),
     }
-    output.show(state, facts, lambda: _features_text(place, features))
+    output.show(state, facts, lambda: _features_text(where, features))
 
 
 def _tool(row: tuple[str, str, str]) -> Feature:
@@ -139,8 +145,8 @@ def _version(path: str) -> str:
     return lines[0].strip() if lines else ""
 
 
-def _features_text(place: Path, features: list[Feature]) -> str:
-    lines = [f"tried on {place} ({filesystem_name(place)})"]
+def _features_text(where: Path, features: list[Feature]) -> str:
+    lines = [f"tried on {where} ({filesystem_name(where)})"]
     for feature in features:
         lines.append(f"{'yes' if feature.available else 'no ':<3}  {feature.name:<26} {feature.gives}")
         lines.append(f"     {'':<26} {feature.detail}")
@@ -154,12 +160,15 @@ def _features_text(place: Path, features: list[Feature]) -> str:
 @json_option
 @pass_state
 def drivers(state: State, directory: Path | None) -> None:
-    """List the storage drivers, the preferred ones first, and whether each works here."""
+    """List the storage drivers and whether they work here.
+
+    The preferred ones come first.
+    """
     config = config_of(state)
-    place = _place(config, directory)
+    where = _place(config, directory)
     used = _used_driver(state)
     facts = [
-        {"name": one.name, "in_use": one.name == used, **dataclasses.asdict(probe(one, place, config.pool()))}
+        {"name": one.name, "in_use": one.name == used, **dataclasses.asdict(probe(one, where, config.pool()))}
         for one in DRIVERS
     ]
     output.show(state, facts, lambda: "\n".join(map(_driver_line, facts)))
@@ -191,7 +200,10 @@ def _place(config: Config, directory: Path | None) -> Path:
 @json_option
 @pass_state
 def gc(state: State) -> None:
-    """Remove layers that no image has, and objects that no layer needs; safe beside anything else."""
+    """Remove what nothing refers to.
+
+    Layers that no image has, and objects that no layer needs. Anything else may go on meanwhile.
+    """
     with session(state) as opened:
         collected = opened.engine.collect()
     output.show(
@@ -209,9 +221,10 @@ def gc(state: State) -> None:
 @json_option
 @pass_state
 def fsck(state: State, repair: bool) -> None:
-    """Read everything that is stored and compare it with its digests, and the database with the disk.
+    """Check all that is stored, byte by byte.
 
-    Ends with 8 when something is wrong that was not repaired.
+    Everything is compared with its digest, and the database with the disk. Ends with 8 when something is wrong
+    that was not repaired.
     """
     with session(state) as opened:
         findings = list(_told(check(opened.engine, repair=repair), quiet=state.json))
