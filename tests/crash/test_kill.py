@@ -6,46 +6,24 @@ there as by SIGKILL, and the root is opened by a new process, checked to the las
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from hpmapper import faults
 from hpmapper.config import Config
 from hpmapper.kernel import mount
 from hpmapper.root import open_root, remove_root
 from tests import scenario
-from tests.scenario import Report
+from tests.scenario import Report, in_child
 
 pytestmark = [pytest.mark.kernel]
 
-_SECONDS = 60
 _KILLED = -signal.SIGKILL
-
-
-def in_child(act: Callable[[], object], fault: str = "", log: Path | None = None) -> int:
-    """Do something in a process of its own; its exit status, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            signal.alarm(_SECONDS)
-            os.environ |= {"HPMAPPER_FAULT": fault, "HPMAPPER_FAULT_LOG": str(log or "")}
-            importlib.reload(faults)  # reads them
-            act()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class Place:
@@ -93,7 +71,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, private_mounts: None) 
 
 def _learn(place: Place) -> None:
     """Run undisturbed: what are the points, and what do the images show?"""
-    status, states = place.run("remove.intended:1")  # while all images are there
+    status, states = place.run("image.recorded:4")  # while all images are there
     assert status == _KILLED
     place.expected = _contents(place)
     assert place.expected.keys() == {"base", "third", "other", "made"}

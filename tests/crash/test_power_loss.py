@@ -17,12 +17,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from hpmapper import faults
 from hpmapper.check import check
 from hpmapper.config import Config
 from hpmapper.engine import Engine
@@ -32,6 +35,8 @@ from hpmapper.meta.db import Database
 from hpmapper.pool import filesystem
 from hpmapper.pool.base import MIB, PoolFs
 from hpmapper.root import open_root
+from tests import scenario
+from tests.scenario import Report
 
 pytestmark = pytest.mark.kernel
 
@@ -191,3 +196,71 @@ def bring_up(image: Path, disk: Path, reported: list[str]) -> int:
             count = verify(engine, reported)
             engine.detach()
         return count
+
+
+def test_power_lost_at_every_fault_point(tmp_path: Path) -> None:
+    """The disk cloned exactly between two durable states, for each such place: nothing reported is lost or half there.
+
+    Containers are no promise: making one is recorded without waiting for the disk.
+    """
+    below, disk = tmp_path / "A", tmp_path / "B"
+    below.mkdir()
+    disk.mkdir()
+    layouts = tmp_path / "layouts"
+    scenario.write_layouts(layouts)
+    config = Config(root=disk / "root", driver="hpmapper").with_options(["pool.size=400M", "min_free_space=0"])
+    report = tmp_path / "report"
+    with mounted(made_xfs(tmp_path / "disk.img", 6144 * MIB), below):
+        outer = made_xfs(below / "outer.img", 2048 * MIB)
+        clones: list[tuple[str, Path, str]] = []
+
+        def take(point: str) -> None:
+            said = report.read_text() if report.exists() else ""
+            image = below / f"clone{len(clones)}.img"
+            clone_file(outer, image)
+            clones.append((point, image, said))
+
+        with mounted(outer, disk):
+            _run_stopping(lambda: scenario.run(config, layouts, Report(report)), take)
+        for point, image, said in clones:
+            states = {
+                what: None if what.startswith("container ") else state
+                for what, state in scenario.states_of(said).items()
+            }
+            with mounted(image, disk):
+                scenario.forget_boot(config)
+                status = scenario.in_child(partial(scenario.verify, config, states))
+            assert status == 0, f"after power was lost at {point}: see the traceback above"
+            image.unlink()
+    names = {point.partition(":")[0] for point, _, _ in clones}
+    print(f"power lost at {len(clones)} hits of {len(names)} points: {' '.join(sorted(names))}")
+
+
+def _run_stopping(act: Callable[[], object], at_point: Callable[[str], None]) -> None:
+    """Do something in a process that waits at each fault point until `at_point` is through; not at every hit."""
+    said, say = os.pipe()
+    heard, hear = os.pipe()
+    lock = threading.Lock()
+
+    def stop(name: str) -> None:
+        with lock:
+            os.write(say, f"{name}\n".encode("ascii"))
+            os.read(heard, 1)
+
+    def run() -> None:
+        os.close(said)
+        faults.point = stop
+        act()
+
+    child = scenario.start(run)
+    os.close(say)
+    os.close(heard)
+    hits: Counter[str] = Counter()
+    with os.fdopen(said, encoding="ascii") as lines:
+        for name in map(str.strip, lines):
+            hits[name] += 1
+            if hits[name].bit_count() == 1 and not name.startswith(("pool.", "root.")):  # 1, 2, 4, 8, …
+                at_point(f"{name}:{hits[name]}")
+            os.write(hear, b".")
+    os.close(hear)
+    assert scenario.finished(child) == 0
