@@ -192,7 +192,7 @@ def _make_pool(root: Path, db: Database, wanted: PoolConfig, *, force: bool = Fa
 
 
 def _is_wanted(earlier: PoolConfig, wanted: PoolConfig) -> bool:
-    """Whether a pool that a crash cut off is still the one to make; its UUID and a size that was left open may differ."""
+    """Whether a pool that a crash cut off is still the one to make: UUID and a size that was left open may differ."""
     return dataclasses.replace(earlier, uuid="", size=earlier.size if wanted.size else 0) == wanted
 
 

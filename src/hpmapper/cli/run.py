@@ -98,7 +98,8 @@ def run(
 ) -> None:
     """Run a command in a new container of IMAGE.
 
-    It runs in the foreground, on the host's network. Without COMMAND the image's own is run. The exit status is the command's, or 125 when hpmapper itself fails.
+    It runs in the foreground, on the host's network. Without COMMAND the image's own is run. The exit status is the
+    command's, or 125 when hpmapper itself fails.
     """
     state.failure = FAILED
     typed = Words(**words)

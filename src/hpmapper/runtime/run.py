@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,9 @@ _PASSED_ON = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIG
 _AWAITED = _PASSED_ON | {signal.SIGCHLD}
 _PATIENCE = 3
 """Signals after which a container that does not end is killed, as by `docker run`."""
+
+
+_START_SECONDS = 5.0
 
 
 class NotStarted(HpmapperError):
@@ -128,6 +132,7 @@ class Runner:
             if info.si_signo == signal.SIGCHLD:
                 continue
             received += 1
+            self._await_start(process)
             if not self._handles(info.si_signo) or received >= _PATIENCE:
                 killed_by = info.si_signo
                 self._kill(process)
@@ -135,6 +140,12 @@ class Runner:
                 process.send_signal(info.si_signo)
         status = process.returncode
         return 128 + killed_by if killed_by else 128 - status if status < 0 else status
+
+    def _await_start(self, process: subprocess.Popen[bytes]) -> None:
+        """runc says a moment after the start only which process is the first."""
+        deadline = time.monotonic() + _START_SECONDS
+        while self._first_process() is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         if self._first_process() is None:
