@@ -58,6 +58,7 @@ _MAGIC = {
     0xCA451A4E: "bcachefs",
     0x73717368: "squashfs",
     0x858458F6: "ramfs",
+    0x27E0EB: "cgroup",
     0x63677270: "cgroup2",
     0x9FA0: "proc",
 }

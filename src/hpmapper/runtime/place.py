@@ -10,18 +10,23 @@ working after ours is unmounted and its upper directory deleted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import lock
+from hpmapper.kernel.fs import filesystem_name
 
 _BASE = Path("/run/hpmapper")
+_CGROUP = Path("/sys/fs/cgroup")
 _USED_RUNTIME = "runtime"
 _ENDING_SECONDS = 10.0
 
@@ -108,8 +113,23 @@ class Place:
         """Take away what the runtime did not, killing what may still run."""
         if (self.state / self.name).exists():
             self._ask("delete", "--force", self.name)
+        self._end_group()
         for entry in self.bundle.iterdir():
             entry.unlink()
+
+    def _end_group(self) -> None:
+        """Kill what is still in its control groups: a runtime killed while it starts a container forgets it (runc 1.1).
+
+        Raises:
+            FailedPrecondition: it does not end.
+        """
+        found = [*_CGROUP.glob(f"*{self.cgroup}"), *_CGROUP.glob(self.cgroup.lstrip("/"))]
+        groups = [group for group in found if filesystem_name(group) in ("cgroup", "cgroup2")]
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while groups := [group for group in groups if not _is_removed(group)]:
+            if time.monotonic() > deadline:
+                raise FailedPrecondition(f"what is in {groups[0]} does not end", hint="does it wait for a disk?")
+            time.sleep(0.01)
 
     def _ask(self, *words: str) -> None:
         """Run the runtime that has the container, if any has; what it cannot do has been done already."""
@@ -119,6 +139,21 @@ class Place:
             return
         command = [runtime, "--root", str(self.state), *words]
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def _is_removed(group: Path) -> bool:
+    """Try to remove a control group, killing what is in it."""
+    try:
+        for pid in (group / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        group.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ESRCH, errno.ENODEV):
+            raise
+        return False
+    return True
 
 
 def running(root: Path) -> list[str]:
