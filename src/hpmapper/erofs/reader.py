@@ -248,6 +248,8 @@ class _Walk:
         return inode, True
 
     def _enter(self, inode: MapInode) -> None:
+        if inode.nid >= len(self._seen):
+            raise self._map.corrupt(f"inode {inode.nid}: it lies beyond the image")
         if self._seen[inode.nid]:
             raise self._map.corrupt(f"inode {inode.nid}: it has more names than links")
         self._seen[inode.nid] = 1
