@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper import faults
-from hpmapper.drivers.base import Ingested, Progress
+from hpmapper.drivers.base import Chain, Fresh, Ingested, Problem, Progress
 from hpmapper.errors import Corrupt, InvalidArgument
 from hpmapper.files import Pieces, Segments, write_file
 from hpmapper.kernel import sync
+from hpmapper.kernel.clone import can_clone
+from hpmapper.kernel.fs import filesystem_name
 from hpmapper.layer.build import IMPLIED_ROOT, Below, LayerBuilder
 from hpmapper.layer.recipe import RecipeWriter, replay
 from hpmapper.layer.scan import ESCAPED, OPAQUE, OVERLAY
 from hpmapper.layer.stream import Expected, LayerStream
-from hpmapper.model import SnapshotId
-from hpmapper.store.workspace import remove_tree
+from hpmapper.model import ObjectDigest, SnapshotId
+from hpmapper.store.workspace import discard, remove_tree
 from hpmapper.tree import Inode, walk
 
 
@@ -233,3 +236,43 @@ def _explained(error: OSError) -> Exception:
         f"the layer's {os.fsdecode(error.filename)!r} cannot be made on this file system: {error.strerror}",
         hint="another storage driver may hold it",
     )
+
+
+class DirectoryLayers:
+    """A driver's part that deals in such layers: nothing is stored as objects, nothing is derived from a layer."""
+
+    home: Path
+    scratch: Path
+
+    def _layer(self, layer: SnapshotId) -> Path:
+        return self.home / "l" / str(layer)
+
+    def pin(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
+        """Every layer is ready as it is."""
+
+    def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
+        return read_tar(self._layer(layer))
+
+    def remove_layer(self, layer: SnapshotId) -> None:
+        discard(self._layer(layer), self.scratch)
+
+    def sweep_objects(self, known: Callable[[], Container[ObjectDigest]], timeout: float) -> int:
+        return 0
+
+    def status(self) -> dict[str, str]:
+        return {
+            "Backing Filesystem": filesystem_name(self.home),
+            "Copies Extents": str(can_clone(self.home)).lower(),
+        }
+
+    def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
+        return check(self._layer(layer))
+
+    def check_derived(self, *, repair: bool) -> Iterator[Problem]:
+        return iter(())
+
+    def check_object(self, digest: ObjectDigest, size: int) -> str | None:
+        return "is not expected with this driver"

@@ -9,31 +9,28 @@ Copies share extents where the file system can. Works where mounting is forbidde
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper import faults
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Progress, Stored
 from hpmapper.drivers.upper import disk_usage, numbers
-from hpmapper.kernel.clone import can_clone
-from hpmapper.kernel.fs import filesystem_name
 from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
 from hpmapper.layer.merged import Merged
 from hpmapper.layer.scan import DirectoryView, scan
 from hpmapper.layer.stream import Expected
-from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
+from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.tools import run_tool
 from hpmapper.store.workspace import discard, remove_tree
 from hpmapper.tree import Inode
 from hpmapper.tree import directory as new_directory
 
 
-class VfsDriver:
+class VfsDriver(directory.DirectoryLayers):
     """See the module's text, and `hpmapper.drivers.base` for the contract."""
 
     name = "vfs"
@@ -53,18 +50,12 @@ class VfsDriver:
     def _snapshot(self, snapshot: SnapshotId) -> Path:
         return self.home / "a" / str(snapshot)
 
-    def _layer(self, layer: SnapshotId) -> Path:
-        return self.home / "l" / str(layer)
-
     def attach(self) -> None:
         for name in ("a", "l", "t"):
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def detach(self) -> None:
         """Nothing is attached."""
-
-    def pin(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def ingest(
         self,
@@ -106,20 +97,8 @@ class VfsDriver:
         top = self._snapshot(snapshot) / "m"
         write_tar(self._changed(snapshot, chain), lambda path: (top / os.fsdecode(path)).open("rb"), out)
 
-    def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
-        """Every layer is ready as it is."""
-
-    def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
-        return directory.read_tar(self._layer(layer))
-
     def remove(self, snapshot: SnapshotId) -> None:
         discard(self._snapshot(snapshot), self.scratch)
-
-    def remove_layer(self, layer: SnapshotId) -> None:
-        discard(self._layer(layer), self.scratch)
-
-    def sweep_objects(self, known: Callable[[], Container[ObjectDigest]], timeout: float) -> int:
-        return 0
 
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
@@ -129,21 +108,6 @@ class VfsDriver:
 
     def space(self) -> Space:
         return Space.of(self.home)
-
-    def status(self) -> dict[str, str]:
-        return {
-            "Backing Filesystem": filesystem_name(self.home),
-            "Copies Extents": str(can_clone(self.home)).lower(),
-        }
-
-    def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
-        return directory.check(self._layer(layer))
-
-    def check_derived(self, *, repair: bool) -> Iterator[Problem]:
-        return iter(())
-
-    def check_object(self, digest: ObjectDigest, size: int) -> str | None:
-        return "is not expected with this driver"
 
     def _copy(self, chain: Chain, target: Path) -> None:
         target.mkdir(parents=True)
