@@ -77,11 +77,9 @@ class _Check:
             if snapshot in self._driver.stored().snapshots or snapshot not in snapshots.storage_ids(self._db).ready:
                 continue  # made or removed between the two looks
             if self._repair:
-                with self._db.transaction() as transaction:
-                    snapshots.forget_lost(transaction, snapshot)
-            yield Finding(
-                "snapshot", f"snapshot {snapshot}", "its storage is gone", "forgotten" if self._repair else ""
-            )
+                self._engine.prepared(snapshots.by_id(self._db, snapshot))
+            done = "made anew: it holds no changes" if self._repair else ""
+            yield Finding("snapshot", f"snapshot {snapshot}", "its storage is gone", done, self._repair)
 
     def _unnamed(self) -> Iterator[Finding]:
         stored = self._driver.stored()
@@ -110,6 +108,10 @@ class _Check:
     def _bad_layers(self) -> Iterator[tuple[Layer, Finding]]:
         for layer in snapshots.layers(self._db):
             subject = f"layer {layer.id}"
+            if layer.sealed:
+                if not self._driver.has(layer.id):
+                    yield layer, Finding("layer", subject, "its directory is missing")
+                continue
             problems = list(self._driver.check_layer(layer.id, layer.digest))
             if problems:
                 yield layer, Finding("layer", subject, "; ".join(problems))

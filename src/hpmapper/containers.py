@@ -40,6 +40,7 @@ class Containers:
                 f"container-{name}",
                 self._images.top(row),
                 also=lambda transaction, snapshot: meta.add_container(transaction, name, snapshot, row.id),
+                undo=lambda transaction, _: meta.forget_container(transaction, name),
             )
         except AlreadyExists:
             raise AlreadyExists(

@@ -264,7 +264,7 @@ class Engine:
             if winner is None:
                 snapshots.committed(transaction, snapshot, key, snapshot, parent)
             elif winner.layer is not None and not superfluous:
-                snapshots.heal(transaction, winner.layer, snapshot)
+                snapshots.replace_layer(transaction, winner.layer, snapshot)
                 snapshots.forget(transaction, snapshot)
             if lease:
                 snapshots.hold(transaction, lease, winner.id if winner else snapshot)
@@ -276,30 +276,65 @@ class Engine:
     # Snapshots.
 
     def prepare(
-        self, key: str, parent: Snapshot | None, kind: Kind = Kind.ACTIVE, also: Also | None = None
+        self,
+        key: str,
+        parent: Snapshot | None,
+        kind: Kind = Kind.ACTIVE,
+        *,
+        also: Also | None = None,
+        undo: Also | None = None,
+        durable: bool = False,
+        finish: bool = True,
     ) -> Snapshot:
-        """Make an active snapshot, or a view, of `parent`; `also` is recorded in the same transaction.
+        """Make an active snapshot, or a view, of `parent`.
+
+        `also` is recorded in the same transaction, and taken back by `undo` should making the storage fail. Without
+        `finish` it does not wait for the image to be made ready.
 
         Raises:
             AlreadyExists: the key is taken. InvalidArgument: the parent is not committed. NoSpace: no room.
         """
         below = self._chain(parent)
         self._require_room(len(below))
-        with self._making(key, kind, parent, self.driver.remove) as snapshot:
-            self.driver.prepare(snapshot, below, read_only=kind is Kind.VIEW)
-            faults.point("prepare.prepared")
-            # Not durable: power loss may take back a container that nobody can have written to for long.
-            with self.db.transaction(durable=False) as transaction:
-                snapshots.ready(transaction, snapshot)
-                if also:
-                    also(transaction, snapshot)
+        if finish:
+            self.driver.finish(below, {})
+        # Recorded first: should the process end before the storage is made, whoever asks for it makes it. Not durable
+        # unless asked: power loss may take back a container that nobody can have written to for long.
+        with self.db.transaction(durable=durable) as transaction:
+            snapshot = snapshots.add(transaction, key, kind, parent)
+            if also:
+                also(transaction, snapshot)
         faults.point("prepare.recorded")
+        try:
+            self.driver.prepare(snapshot, below, read_only=kind is Kind.VIEW)
+        except BaseException:
+            self.driver.remove(snapshot)
+            with self.db.transaction(durable=durable) as transaction:
+                if undo:
+                    undo(transaction, snapshot)
+                snapshots.forget(transaction, snapshot)
+            raise
+        faults.point("prepare.prepared")
         return snapshots.by_id(self.db, snapshot)
 
     def mount(self, snapshot: Snapshot) -> Path:
         """The path of an active snapshot's or a view's root file system, mounted now if it was not."""
+        below = self.prepared(snapshot)
+        return self.driver.mount(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
+
+    def prepared(self, snapshot: Snapshot) -> list[SnapshotId]:
+        """See to it that an active snapshot's or a view's storage is there; returns the layers below it."""
         self._require_uncommitted(snapshot)
-        return self.driver.mount(snapshot.id, self._parents(snapshot), read_only=snapshot.kind is Kind.VIEW)
+        below = self.below(snapshot)
+        if not self.driver.has(snapshot.id):
+            self.driver.prepare(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
+        return below
+
+    def below(self, snapshot: Snapshot) -> list[SnapshotId]:
+        """The layers below an active snapshot's or a view's own storage, nearest first."""
+        applied = snapshots.applied_layer(self.db, snapshot.id)
+        parents = snapshots.layers_below(self.db, snapshot.parent)
+        return [applied, *parents] if applied is not None else parents
 
     def unmount(self, snapshot: Snapshot) -> None:
         """Take the root file system away until the next `mount`.
@@ -312,8 +347,7 @@ class Engine:
 
     def changes(self, snapshot: Snapshot) -> Iterator[Change]:
         """What an active snapshot changed of its parent, in path order."""
-        self._require_uncommitted(snapshot)
-        return self.driver.changes(snapshot.id, self._parents(snapshot))
+        return self.driver.changes(snapshot.id, self.prepared(snapshot))
 
     def commit(self, snapshot: Snapshot, lease: str | None = None) -> Taken:
         """Make a committed snapshot of an active one's changes; the active one stays as it is.
@@ -321,8 +355,7 @@ class Engine:
         Raises:
             InvalidArgument: it has changed something that no layer can hold. NoSpace: the pool is too full.
         """
-        self._require_uncommitted(snapshot)
-        below = self._parents(snapshot)
+        below = self.prepared(snapshot)
         parent = snapshots.by_id(self.db, snapshot.parent) if snapshot.parent is not None else None
         with piped(lambda out: self.driver.write_diff(snapshot.id, below, out)) as tar:
             return self.ingest(parent, tar, Expected(), lease)
@@ -336,9 +369,16 @@ class Engine:
     def usage(self, snapshot: Snapshot) -> Usage:
         """What a snapshot alone occupies; for a committed one, what it added when it came."""
         if snapshot.layer is None:
-            return self.driver.usage(snapshot.id)
+            return self.driver.usage(snapshot.id) if self.driver.has(snapshot.id) else Usage(0, 0)
         layer = snapshots.layer(self.db, snapshot.layer)
-        return Usage(layer.size, layer.inodes)
+        return Usage(layer.size, layer.inodes) if layer.size >= 0 else self._counted(layer)
+
+    def _counted(self, layer: Layer) -> Usage:
+        """What a sealed layer occupies, counted when first asked: sealing has to be quick."""
+        usage = self.driver.usage(layer.id)
+        with self.db.transaction(durable=False) as transaction:
+            snapshots.set_usage(transaction, layer.id, usage.size, usage.inodes)
+        return usage
 
     def remove(self, snapshot: Snapshot, also: Also | None = None) -> None:
         """Remove a snapshot of any kind; `also` is recorded in the same transaction (what else goes with it).
@@ -405,7 +445,6 @@ class Engine:
         boot = _BOOT_ID.read_text().strip()
         if self.db.setting("boot_id") != boot:
             self._remove_unknown()
-            self._forget_lost()
             try:
                 self.driver.sweep_objects(self._known_objects, timeout=0)
             except BlockingIOError:
@@ -414,26 +453,30 @@ class Engine:
 
     def _undo(self, snapshot: SnapshotId) -> None:
         log.info("undoing unfinished snapshot %s", snapshot)
-        self.driver.remove_layer(snapshot)
-        faults.point("undo.layer-removed")
-        self._finish_removal(snapshot)
+        if self._remove_storage(snapshot):
+            with self.db.transaction(durable=False) as transaction:
+                snapshots.forget(transaction, snapshot)
 
     def _remove_unknown(self) -> None:
-        """Remove storage that no row names."""
+        """Remove storage that no row names; what is still in use stays until the next time."""
         stored = self.driver.stored()  # before the rows: whoever makes storage records the intent first
         known = snapshots.storage_ids(self.db)
         for snapshot in stored.snapshots - known.snapshots:
-            self.driver.remove(snapshot)
+            self._remove_storage(snapshot)
         for layer in stored.layers - known.layers:
-            self.driver.remove_layer(layer)
+            self._remove_storage(layer)
 
-    def _forget_lost(self) -> None:
-        """Forget the snapshots that power loss took before their storage was on the disk."""
-        ready = snapshots.storage_ids(self.db).ready  # before the storage: what is ready has had it for a while
-        for snapshot in ready - self.driver.stored().snapshots:
-            log.warning("snapshot %s was lost with the machine's power before it was on the disk", snapshot)
-            with self.db.transaction() as transaction:
-                snapshots.forget_lost(transaction, snapshot)
+    def _remove_storage(self, snapshot: SnapshotId) -> bool:
+        """Remove all storage of that number; False: it is in use."""
+        try:
+            self.driver.remove_layer(snapshot)
+            faults.point("undo.layer-removed")
+            self.driver.remove(snapshot)
+        except FailedPrecondition as error:
+            log.info("snapshot %s is left for later: %s", snapshot, error)
+            return False
+        faults.point("remove.removed")
+        return True
 
     def _known_objects(self) -> Container[ObjectDigest]:
         return {digest for digest, _ in snapshots.objects(self.db)}
@@ -467,9 +510,6 @@ class Engine:
         if parent is not None and parent.kind is not Kind.COMMITTED:
             raise InvalidArgument(f"parent {parent.key!r} is not committed")
         return snapshots.layers_below(self.db, parent.id if parent else None)
-
-    def _parents(self, snapshot: Snapshot) -> list[SnapshotId]:
-        return snapshots.layers_below(self.db, snapshot.parent)
 
     def _require_room(self, layers: int) -> None:
         now = time.monotonic()

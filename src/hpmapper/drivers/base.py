@@ -24,10 +24,16 @@ Lifecycle, by two examples
         driver.ingest(4, [2, 1], blob, work)        which is read like any other layer
         driver.unmount(3); driver.remove(3)
 
+    Or keeping what it wrote as a layer, as it lies there (containerd's Commit, which must be quick):
+
+        driver.seal(3)                              durable; 3 may now stand in chains as a layer
+        driver.prepare(4, [3, 2, 1])
+
 Promises
     - Every method but `ingest` may be called again after it was cut short at any instant, and finishes the work.
       A cut-short `ingest` is undone by `remove_layer`; the engine never calls it twice for one number.
     - `remove` and `remove_layer` of something that is not there, or half there, succeed.
+    - A chain's sealed layers are its topmost ones: whoever ingests on top of one ingests that one first.
     - Removing never follows a mount point or a symlink out of the snapshot.
     - Nothing is promised to be durable but what `ingest` made: the engine's record follows, never precedes it.
     - Methods may be called from several threads and processes at once for different numbers.
@@ -174,13 +180,26 @@ class Driver(Protocol):
         """
 
     def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
-        """An image's last layer is in: make ready what its containers would wait for. `prepare` does it if need be.
+        """An image's last layer is in: make ready what makes its containers quick. They work without it, too.
 
         `fresh` has the trees of those layers that have just been ingested; they are used up.
         """
 
     def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
         """Make a place for a container's changes on top of a chain (which may be empty)."""
+
+    def has(self, snapshot: SnapshotId) -> bool:
+        """Whether a snapshot's storage is there. The engine has it prepared (again) if not."""
+
+    def root(self, snapshot: SnapshotId) -> Path:
+        """The path at which `mount` makes the root appear."""
+
+    def seal(self, snapshot: SnapshotId) -> bool:
+        """Make durable what was written to a snapshot, which may then stand in chains as a layer of the same number.
+
+        What is mounted stays mounted; nobody writes to it any more. False: it cannot be a layer as it lies there, only
+        through `write_diff`.
+        """
 
     def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
         """Make the merged root appear and return its path; does nothing but answer when it is there already."""
@@ -209,7 +228,7 @@ class Driver(Protocol):
         """
 
     def remove_layer(self, layer: SnapshotId) -> None:
-        """Remove a layer's storage. The engine has made sure that no chain has it any more.
+        """Remove a layer's storage, sealed ones' too. The engine has made sure that no chain has it any more.
 
         Raises:
             FailedPrecondition: it is in use all the same.

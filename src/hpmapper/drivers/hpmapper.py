@@ -6,7 +6,7 @@
     i/NAME/map      an image's map: its layers' maps merged   (hpmapper.layer.merge)
     i/NAME/chain    its layers' numbers, nearest first
     */m             where a map is mounted, once for all containers, so that they share its cached pages
-    a/ID/u, w, m    a snapshot's upper, work and merged directories
+    a/ID/u, w, m    a snapshot's upper, work and merged directories; u of a sealed one is a layer
     t/              unfinished things
 
 A container's root is one overlay: upper u, the image's map as the only lower (an image of one layer has the layer's),
@@ -15,7 +15,8 @@ copy-up clones extents.
 
 Why one map per image: overlayfs follows a redirect out of any lower but the last only with metacopy=on ("refusing to
 follow metacopy origin", seen on 6.18), which would leave metadata-only copies in the uppers (design trap 2); and a
-lookup in one lower is cheaper than in many. Measured: docs/measurements.md.
+lookup in one lower is cheaper than in many. Measured: docs/measurements.md. Until that map is made, and between the
+layers of an image that is just coming in, the layers' maps are stacked under metacopy=on.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from blake3 import blake3
 
 from hpmapper import faults
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
-from hpmapper.drivers.upper import UpperDriver, unmount_path
+from hpmapper.drivers.upper import Stack, UpperDriver, unmount_path
 from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
 from hpmapper.errors import HpmapperError
 from hpmapper.kernel import lock, mount, sync
 from hpmapper.layer.build import Below, LayerBuilder
 from hpmapper.layer.merge import Spools, merge
-from hpmapper.layer.merged import Later, Merged
+from hpmapper.layer.merged import Later, LayerView, Merged
 from hpmapper.layer.recipe import RecipeWriter, replay
+from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Digests, Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId, Space
 from hpmapper.pool.base import Pool
@@ -174,6 +176,7 @@ class HpmapperDriver(UpperDriver):
             return Fresh(layer_map.tree(spool), spool)
 
     def remove_layer(self, layer: SnapshotId) -> None:
+        self._remove_sealed(layer)
         for image in self._images_with(layer):
             unmount_path(image / "m")
             discard(image, self.scratch)
@@ -242,15 +245,28 @@ class HpmapperDriver(UpperDriver):
         paths = [Path(entry.path) for entry in os.scandir(self.home / "i")]
         return [path for path in paths if str(layer) in (path / "chain").read_text().split(",")]
 
-    def _lowers(self, chain: Chain) -> list[str]:
-        if not chain:
-            return []
-        image = str(self._image(chain))
+    def _stack(self, chain: Chain) -> Stack:
         try:
-            return [self._mounted(image)]
+            if chain:
+                return Stack([self._mounted(str(self._image(chain)))], self._data())
         except FileNotFoundError:
-            self.finish(chain, {})
-            return [self._mounted(image)]
+            pass  # not merged, or with sealed layers
+        sealed, maps = self._split(chain)
+        lowers = [str(self._sealed(layer)) for layer in sealed]
+        if not maps:
+            return Stack(lowers)
+        try:
+            return Stack([*lowers, self._mounted(str(self._image(maps)))], self._data())
+        except FileNotFoundError:
+            stacked = [self._mounted(str(self._layer(layer))) for layer in maps]
+            return Stack([*lowers, *stacked], self._data(), portable=False)
+
+    def _split(self, chain: Chain) -> tuple[Chain, Chain]:
+        """A chain's sealed layers, and those below them, which have maps."""
+        sealed = 0
+        while sealed < len(chain) and not os.path.exists(f"{self.home}/l/{chain[sealed]}"):
+            sealed += 1
+        return chain[:sealed], chain[sealed:]
 
     def _mounted(self, path: str) -> str:
         """Where the map in the directory `path` is mounted; mounts it if it is not."""
@@ -267,7 +283,12 @@ class HpmapperDriver(UpperDriver):
     @contextmanager
     def _below(self, chain: ChainBelow) -> Iterator[Below]:
         with ExitStack() as stack:
-            yield Later(lambda: Merged([_LazyMap(path, self._objects, stack) for path in self._maps(chain())]))
+            yield Later(lambda: Merged(self._views(chain(), stack)))
+
+    def _views(self, chain: Chain, stack: ExitStack) -> list[LayerView]:
+        sealed, maps = self._split(chain)
+        views: list[LayerView] = [DirectoryView(os.fsencode(self._sealed(layer))) for layer in sealed]
+        return views + [_LazyMap(path, self._objects, stack) for path in self._maps(maps)]
 
     def _maps(self, chain: Chain) -> list[Path]:
         """The maps that tell what a chain shows: the image's, if it is there, or the layers'."""

@@ -1,7 +1,7 @@
 """The overlay driver: layers are directories, a container's root is an overlay mount of them (Docker's overlay2).
 
     l/ID/diff, …    a layer                       (hpmapper.drivers.directory)
-    a/ID/u, w, m    a snapshot                    (hpmapper.drivers.upper)
+    a/ID/u, w, m    a snapshot, or a sealed layer (hpmapper.drivers.upper)
 
 Copies up by cloning extents where the file system can, else whole files. One layer's files are cached once, but the
 same file in two layers twice.
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Progress
-from hpmapper.drivers.upper import UpperDriver
+from hpmapper.drivers.upper import Stack, UpperDriver
 from hpmapper.layer.build import Below
 from hpmapper.layer.merged import Later, Merged
 from hpmapper.layer.scan import DirectoryView
@@ -24,7 +24,7 @@ from hpmapper.layer.stream import Expected
 from hpmapper.model import SnapshotId
 
 
-class OverlayDriver(UpperDriver, directory.DirectoryLayers):
+class OverlayDriver(directory.DirectoryLayers, UpperDriver):
     """See the module's text, and `hpmapper.drivers.base` for the contract."""
 
     name = "overlay"
@@ -57,11 +57,16 @@ class OverlayDriver(UpperDriver, directory.DirectoryLayers):
         with self._below(below) as merged:
             return directory.unpack(blob, merged, work, self._layer(layer), directory.Dialect.OVERLAY, expect, progress)
 
-    def _lowers(self, chain: Chain) -> list[str]:
-        return [f"{self.home}/l/{layer}/diff" for layer in chain]
+    def remove_layer(self, layer: SnapshotId) -> None:
+        super().remove_layer(layer)
+        self._remove_sealed(layer)
 
-    def _data(self) -> None:
-        return None
+    def _stack(self, chain: Chain) -> Stack:
+        return Stack([self._tree(layer) for layer in chain])
+
+    def _tree(self, layer: SnapshotId) -> str:
+        made = f"{self.home}/l/{layer}/diff"
+        return made if os.path.isdir(made) else str(self._sealed(layer))
 
     def _below(self, chain: ChainBelow) -> AbstractContextManager[Below]:
-        return nullcontext(Later(lambda: Merged([DirectoryView(os.fsencode(path)) for path in self._lowers(chain())])))
+        return nullcontext(Later(lambda: Merged([DirectoryView(os.fsencode(self._tree(one))) for one in chain()])))

@@ -2,6 +2,8 @@
 
     a/ID/u   what the container wrote      a/ID/w   overlayfs's own      a/ID/m   the merged root
 
+A sealed snapshot stays where it is; its u is then a layer.
+
 Nobody outside ever sees the overlay's layers: what is handed out is m (design trap 1).
 """
 
@@ -13,12 +15,12 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults
 from hpmapper.drivers.base import Chain, ChainBelow, Stored
 from hpmapper.errors import FailedPrecondition
-from hpmapper.kernel import fiemap, lock, mount
+from hpmapper.kernel import fiemap, lock, mount, mountinfo, sync
 from hpmapper.layer.build import IMPLIED_ROOT, Below
 from hpmapper.layer.compare import drop_untouched
 from hpmapper.layer.diff import changes, write_tar
@@ -37,6 +39,20 @@ METADATA_COPIES_MARK = "metacopy"
 """A file in a/ID: the upper was written under `METADATA_COPIES`, and is to be mounted so for good."""
 
 
+class Stack(NamedTuple):
+    """What an overlay is made of, below its upper.
+
+    Attributes:
+        lowers: the layers' directories, nearest first.
+        data: the data-only layer, if one of them redirects into it.
+        portable: works under `PORTABLE` on a kernel that has data-only layers without metadata copies.
+    """
+
+    lowers: list[str]
+    data: str | None = None
+    portable: bool = True
+
+
 class UpperDriver:
     """A driver's part that deals in snapshots; subclasses deal in layers."""
 
@@ -47,12 +63,8 @@ class UpperDriver:
 
     # What a subclass says of its layers.
 
-    def _lowers(self, chain: Chain) -> list[str]:
-        """The layers' directories, nearest first, mounted if need be."""
-        raise NotImplementedError
-
-    def _data(self) -> str | None:
-        """The data-only layer, if the driver has one."""
+    def _stack(self, chain: Chain) -> Stack:
+        """What to stack for a chain, mounted if need be."""
         raise NotImplementedError
 
     def _below(self, chain: ChainBelow) -> AbstractContextManager[Below]:
@@ -82,31 +94,50 @@ class UpperDriver:
             except FileExistsError:
                 continue
             faults.point("prepare.directory-made")
-        _copy_root_attributes(f"{top}/u", self._lowers(chain))
+        _copy_root_attributes(f"{top}/u", self._stack(chain).lowers)
+
+    def has(self, snapshot: SnapshotId) -> bool:
+        return os.path.isdir(f"{self.home}/a/{snapshot}/u")
+
+    def root(self, snapshot: SnapshotId) -> Path:
+        return self._snapshot(snapshot) / "m"
+
+    def seal(self, snapshot: SnapshotId) -> bool:
+        top = f"{self.home}/a/{snapshot}"
+        if _has_metadata_copies(top):
+            return False
+        if os.listdir(f"{top}/u"):  # else only its root's attributes would be lost, which prepare gives it
+            sync.syncfs(top)
+        return True
+
+    def _sealed(self, layer: SnapshotId) -> Path:
+        """Where a layer is that is a sealed snapshot."""
+        return self._snapshot(layer) / "u"
 
     def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
         top = f"{self.home}/a/{snapshot}"
         with lock.exclusive(top):  # two live mounts of one upper would corrupt it (design trap 13)
             if not self._is_mounted(f"{top}/m"):
-                self._mount(top, self._lowers(chain), read_only)
+                self._mount(top, self._stack(chain), read_only)
         return Path(top, "m")
 
-    def _mount(self, top: str, lowers: Sequence[str], read_only: bool) -> None:
+    def _mount(self, top: str, below: Stack, read_only: bool) -> None:
         upper, work = (None, None) if read_only else (f"{top}/u", f"{top}/w")
         # Even a view needs u: it carries the root's attributes, and overlayfs wants two layers without an upper.
-        lowers = [f"{top}/u", *lowers] if read_only else lowers
+        lowers = [f"{top}/u", *below.lowers] if read_only else below.lowers
         stack = lowers if len(lowers) > (1 if read_only else 0) else [*lowers, f"{self.home}/empty"]
-        target, data = f"{top}/m", self._data()
-        if not _has_metadata_copies(top):
+        target, data = f"{top}/m", below.data
+        if below.portable and not _has_metadata_copies(top):
             try:
                 mount.overlay(target, lowers=stack, data=data, upper=upper, work=work, options=PORTABLE)
                 return
             except OSError as error:
                 if error.errno != errno.EINVAL or data is None:
                     raise
-                # Before Linux 6.16. Written down first: what reads the upper must know, also after a kernel update.
-                with open(f"{top}/{METADATA_COPIES_MARK}", "wb"):
-                    pass
+                # Before Linux 6.16.
+        # Written down first: what reads the upper must know, also after a kernel update.
+        with open(f"{top}/{METADATA_COPIES_MARK}", "wb"):
+            pass
         mount.overlay(target, lowers=stack, data=data, upper=upper, work=work, options=METADATA_COPIES)
 
     def _is_mounted(self, target: str) -> bool:
@@ -143,6 +174,18 @@ class UpperDriver:
         """The mount, where the upper alone does not hold all data."""
         copies = _has_metadata_copies(str(self._snapshot(snapshot)))
         return os.fsencode(self.mount(snapshot, chain)) if copies else None
+
+    def _remove_sealed(self, layer: SnapshotId) -> None:
+        """Remove a sealed snapshot that was a layer.
+
+        Raises:
+            FailedPrecondition: an overlay that was mounted while it was one still has it.
+        """
+        upper = str(self._sealed(layer))
+        if os.path.isdir(upper):
+            if mountinfo.is_lower(upper):
+                raise FailedPrecondition(f"layer {layer} is in use", hint="stop the containers that were made on it")
+            UpperDriver.remove(self, layer)
 
     def remove(self, snapshot: SnapshotId) -> None:
         self.unmount(snapshot)

@@ -1,7 +1,7 @@
 """The vfs driver: every layer and every container is a whole copy. It needs nothing of the kernel.
 
     l/ID/diff       a layer with all below it      (hpmapper.drivers.directory)
-    a/ID/m          a snapshot: a copy of its parent's diff
+    a/ID/m          a snapshot: a copy of its parent's diff; or a sealed layer
 
 Copies share extents where the file system can. Works where mounting is forbidden.
 """
@@ -17,6 +17,7 @@ from hpmapper import faults
 from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Progress, Stored
 from hpmapper.drivers.upper import disk_usage, numbers
+from hpmapper.kernel import sync
 from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
@@ -84,8 +85,18 @@ class VfsDriver(directory.DirectoryLayers):
         faults.point("prepare.copied")
         copy.rename(top / "m")
 
-    def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
+    def has(self, snapshot: SnapshotId) -> bool:
+        return self.root(snapshot).is_dir()
+
+    def root(self, snapshot: SnapshotId) -> Path:
         return self._snapshot(snapshot) / "m"
+
+    def seal(self, snapshot: SnapshotId) -> bool:
+        sync.syncfs(self._snapshot(snapshot))
+        return True
+
+    def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
+        return self.root(snapshot)
 
     def unmount(self, snapshot: SnapshotId) -> None:
         """Nothing is mounted."""
@@ -96,6 +107,10 @@ class VfsDriver(directory.DirectoryLayers):
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
         top = self._snapshot(snapshot) / "m"
         write_tar(self._changed(snapshot, chain), lambda path: (top / os.fsdecode(path)).open("rb"), out)
+
+    def remove_layer(self, layer: SnapshotId) -> None:
+        super().remove_layer(layer)
+        self.remove(layer)
 
     def remove(self, snapshot: SnapshotId) -> None:
         discard(self._snapshot(snapshot), self.scratch)
@@ -112,17 +127,21 @@ class VfsDriver(directory.DirectoryLayers):
     def _copy(self, chain: Chain, target: Path) -> None:
         target.mkdir(parents=True)
         if chain:
-            run_tool(["cp", "-a", "--reflink=auto", f"{self._layer(chain[0])}/diff/.", str(target)])
+            run_tool(["cp", "-a", "--reflink=auto", f"{self._tree(chain[0])}/.", str(target)])
         else:
             target.chmod(0o755)
+
+    def _tree(self, layer: SnapshotId) -> Path:
+        made = self._layer(layer) / "diff"
+        return made if made.is_dir() else self.root(layer)
 
     def _below(self, chain: Chain) -> Below:
         if not chain:
             return Nothing()
         # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
-        return Merged([DirectoryView(os.fsencode(self._layer(chain[0]) / "diff"), overlay=False)])
+        return Merged([DirectoryView(os.fsencode(self._tree(chain[0])), overlay=False)])
 
     def _changed(self, snapshot: SnapshotId, chain: Chain) -> Inode:
         after = scan(os.fsencode(self._snapshot(snapshot) / "m"), overlay=False)
-        before = scan(os.fsencode(self._layer(chain[0]) / "diff"), overlay=False) if chain else new_directory()
+        before = scan(os.fsencode(self._tree(chain[0])), overlay=False) if chain else new_directory()
         return compare(before, after)

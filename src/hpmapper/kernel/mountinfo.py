@@ -69,6 +69,21 @@ def mounts_below(path: AnyPath) -> list[Mount]:
     return [one for one in reversed(mounts()) if one.target == top or one.target.startswith(prefix)]
 
 
+def is_lower(path: str) -> bool:
+    """Whether an overlay that is mounted in this namespace has the directory for a lower layer."""
+    return any(path in _lowers(one.super_options) for one in mounts() if one.fstype == "overlay")
+
+
+def _lowers(options: str) -> set[str]:
+    """The lower layers in an overlay's options: "lowerdir=A:B" or "lowerdir+=A,lowerdir+=B"."""
+    found: set[str] = set()
+    for option in options.split(","):
+        key, _, value = option.partition("=")
+        if key in ("lowerdir", "lowerdir+"):
+            found.update(unescape(value).split(":"))
+    return found
+
+
 def parse_mount(line: str) -> Mount:
     """One line of mountinfo. Names carry space, tab, newline and backslash as octal escapes."""
     fixed, _, rest = line.rstrip("\n").partition(" - ")

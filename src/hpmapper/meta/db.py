@@ -31,6 +31,7 @@ class Database:
         """
         self.path = path
         self._local = threading.local()
+        self._writer = threading.Lock()  # SQLite's own waiting between connections is by sleeping
         self._connections: list[sqlite3.Connection] = []
         with translated(path):
             self._prepare()
@@ -51,16 +52,17 @@ class Database:
         """
         with translated(self.path):
             connection = self._connection()
-            if self._local.durable is not durable:
-                connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._local.durable = durable
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+            with self._writer:
+                if self._local.durable is not durable:
+                    connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                    self._local.durable = durable
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield connection
+                except BaseException:
+                    connection.execute("ROLLBACK")
+                    raise
+                connection.execute("COMMIT")
 
     def rows(self, sql: str, *values: object) -> list[Any]:
         """The rows of a query, as `sqlite3.Row`."""

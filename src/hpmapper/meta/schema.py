@@ -6,10 +6,34 @@ objects and maps raw BLAKE3, digests of OCI things text ("sha256:…").
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 """Kept in `PRAGMA user_version`. A newer one is refused, an older one migrated by `MIGRATIONS`."""
 
-SCHEMA = """
+_FRONT_ENDS = """
+-- What containerd's differ read for an active snapshot: the layer lies below its own storage, and becomes it at commit.
+CREATE TABLE applied (
+    snapshot INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
+    layer    INTEGER NOT NULL REFERENCES layer (id)
+);
+CREATE INDEX applied_layer ON applied (layer);
+
+-- Chain IDs (OCI image spec) of snapshots that have another key, where all layers' DiffIDs are known.
+CREATE TABLE chain (
+    snapshot INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
+    chain_id TEXT NOT NULL
+);
+CREATE INDEX chain_id ON chain (chain_id);
+
+-- Compressed layers that were read: which tar is in them, so that one that comes again need not be.
+CREATE TABLE blob (
+    digest   TEXT PRIMARY KEY,            -- sha256 of the blob
+    diff_id  TEXT NOT NULL,
+    tar_size INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+
+SCHEMA = (
+    """
 -- What holds for the whole root: 'driver', 'pool' (json), 'boot_id' of the last full reconciliation.
 CREATE TABLE setting (
     key   TEXT PRIMARY KEY,
@@ -19,19 +43,20 @@ CREATE TABLE setting (
 -- One immutable layer's storage. Several snapshots may use one: the same layer on different parents.
 CREATE TABLE layer (
     id         INTEGER PRIMARY KEY,       -- the id of the snapshot that brought it; names its directory
-    diff_id    TEXT NOT NULL,             -- sha256 of its uncompressed tar
+    diff_id    TEXT NOT NULL,             -- sha256 of its uncompressed tar; '' for one that never was a tar
     bound      INTEGER NOT NULL,          -- 1: holds above its parent chain only (the tar left something to it)
     digest     BLOB,                      -- of the driver's own form of it (hpmapper: the map); NULL if it has none
     tar_size   INTEGER NOT NULL,          -- of the uncompressed tar
-    size       INTEGER NOT NULL,          -- bytes that it newly occupied when it came
+    size       INTEGER NOT NULL,          -- bytes that it newly occupied when it came; -1: not counted yet
     inodes     INTEGER NOT NULL,          -- members of the tar
-    damaged    INTEGER NOT NULL           -- 1: fsck could not repair it; the next pull of its image brings a new one
+    damaged    INTEGER NOT NULL,          -- 1: fsck could not repair it; the next pull of its image brings a new one
+    sealed     INTEGER NOT NULL DEFAULT 0 -- 1: it is what was written to the snapshot of that id, as it lies there
 );
 CREATE INDEX layer_diff_id ON layer (diff_id);
 
 -- A name in the forest of snapshots (containerd's terms). A committed one has a layer, an active one or a view storage
 -- of its own under its id. Those whose key is a chain ID ("sha256:…") belong to the images and are collected with
--- them; all others belong to whoever named them.
+-- them; all others belong to whoever named them. A front end's begin with its own name ("containerd:…").
 CREATE TABLE snapshot (
     id      INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: directories of old ones may linger
     key     TEXT NOT NULL UNIQUE,
@@ -99,7 +124,12 @@ CREATE TABLE container (
     image    TEXT NOT NULL REFERENCES image (id),
     created  INTEGER NOT NULL
 ) WITHOUT ROWID;
-"""
 
-MIGRATIONS: dict[int, str] = {}
+"""
+    + _FRONT_ENDS
+)
+
+MIGRATIONS: dict[int, str] = {
+    1: "ALTER TABLE layer ADD COLUMN sealed INTEGER NOT NULL DEFAULT 0;\n" + _FRONT_ENDS,
+}
 """From version N to N + 1."""

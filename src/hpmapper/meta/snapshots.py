@@ -42,6 +42,7 @@ class Layer:
     size: int
     inodes: int
     damaged: bool
+    sealed: bool = False
 
 
 Transaction = sqlite3.Connection
@@ -124,7 +125,7 @@ def layer(db: Database, layer_id: SnapshotId) -> Layer:
 
 def layers(db: Database) -> list[Layer]:
     """Every layer that a snapshot uses, parents before their children."""
-    used = "SELECT layer FROM snapshot WHERE layer IS NOT NULL"
+    used = "SELECT layer FROM snapshot WHERE layer IS NOT NULL UNION SELECT layer FROM applied"
     return [_layer(row) for row in db.rows(f"SELECT * FROM layer WHERE id IN ({used}) ORDER BY id")]
 
 
@@ -138,6 +139,7 @@ def _layer(row: Any) -> Layer:
         row["size"],
         row["inodes"],
         bool(row["damaged"]),
+        bool(row["sealed"]),
     )
 
 
@@ -150,20 +152,31 @@ def unbound_layer(db: Source, diff_id: str) -> SnapshotId | None:
 
 
 def begin(db: Transaction, key: str, kind: Kind, parent: Snapshot | None, owner: str) -> SnapshotId:
-    """Record the intent to make a snapshot.
+    """Record the intent to make a snapshot; raises as `add`."""
+    return _insert(db, key, kind, parent, "creating", owner)
+
+
+def add(db: Transaction, key: str, kind: Kind, parent: Snapshot | None) -> SnapshotId:
+    """Record an active snapshot or a view. Its storage need not be there: it is made when first asked for.
 
     Raises:
         AlreadyExists: the key is taken.
-        InvalidArgument: the parent is not committed.
+        InvalidArgument: the parent is not committed. NotFound: it is gone.
     """
+    return _insert(db, key, kind, parent, "ready", None)
+
+
+def _insert(
+    db: Transaction, key: str, kind: Kind, parent: Snapshot | None, state: str, owner: str | None
+) -> SnapshotId:
     if parent is not None and parent.kind is not Kind.COMMITTED:
         raise InvalidArgument(f"parent {parent.key!r} is not committed")
     now = time.time_ns()
     try:
         cursor = db.execute(
             "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) "
-            "VALUES (?, ?, 'creating', ?, ?, ?, ?)",
-            (key, kind, owner, parent.id if parent else None, now, now),
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (key, kind, state, owner, parent.id if parent else None, now, now),
         )
     except sqlite3.IntegrityError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_UNIQUE:
@@ -171,11 +184,6 @@ def begin(db: Transaction, key: str, kind: Kind, parent: Snapshot | None, owner:
         raise NotFound(f"parent of snapshot {key!r} is gone") from None
     assert cursor.lastrowid is not None
     return SnapshotId(cursor.lastrowid)
-
-
-def ready(db: Transaction, snapshot: SnapshotId) -> None:
-    """Record that an active snapshot or view is there."""
-    db.execute("UPDATE snapshot SET state = 'ready', owner = NULL WHERE id = ?", (snapshot,))
 
 
 def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: SnapshotId, parent: Snapshot | None) -> None:
@@ -201,9 +209,10 @@ def is_damaged(db: Source, snapshot: Snapshot) -> bool:
     return bool(rows and rows[0][0])
 
 
-def heal(db: Transaction, damaged: SnapshotId, new: SnapshotId) -> None:
-    """Let every snapshot of a damaged layer use a new one made from the same tar."""
-    db.execute("UPDATE snapshot SET layer = ? WHERE layer = ?", (new, damaged))
+def replace_layer(db: Transaction, old: SnapshotId, new: SnapshotId) -> None:
+    """Let every snapshot of a layer use another one with the same contents."""
+    db.execute("UPDATE snapshot SET layer = ? WHERE layer = ?", (new, old))
+    db.execute("UPDATE applied SET layer = ? WHERE layer = ?", (new, old))
 
 
 def mark_damaged(db: Transaction, layer_id: SnapshotId, *, damaged: bool = True) -> None:
@@ -223,8 +232,8 @@ def mark_users_damaged(db: Transaction, digest: ObjectDigest) -> None:
 def add_layer(db: Transaction, new: Layer, objects: Mapping[ObjectDigest, int]) -> None:
     """Record a layer and the objects that it needs."""
     db.execute(
-        "INSERT INTO layer VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (new.id, new.diff_id, new.bound, new.digest, new.tar_size, new.size, new.inodes, new.damaged),
+        "INSERT INTO layer VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (new.id, new.diff_id, new.bound, new.digest, new.tar_size, new.size, new.inodes, new.damaged, new.sealed),
     )
     db.executemany("INSERT OR IGNORE INTO object (digest, size) VALUES (?, ?)", objects.items())
     db.executemany(
@@ -238,8 +247,8 @@ def forget(db: Transaction, snapshot: SnapshotId) -> None:
     db.execute("DELETE FROM snapshot WHERE id = ?", (snapshot,))
 
 
-def begin_removal(db: Transaction, snapshot: Snapshot, owner: str) -> None:
-    """Record the intent to remove a snapshot; from here on nobody sees it.
+def begin_removal(db: Transaction, snapshot: Snapshot, owner: str | None) -> None:
+    """Record the intent to remove a snapshot; from here on nobody sees it. Without an owner anybody may finish it.
 
     Raises:
         FailedPrecondition: it has children, or an image or container uses it.
@@ -295,7 +304,8 @@ def forget_unused_chains(db: Transaction) -> int:
     count = 0
     while True:
         gone = db.execute(
-            """DELETE FROM snapshot WHERE key LIKE 'sha256:%' AND state = 'ready' AND kind = 'committed'
+            """DELETE FROM snapshot WHERE (key LIKE 'sha256:%' OR key LIKE 'applied:%')
+               AND state = 'ready' AND kind = 'committed'
                AND NOT EXISTS (SELECT 1 FROM snapshot AS child WHERE child.parent = snapshot.id)
                AND NOT EXISTS (SELECT 1 FROM image WHERE top = snapshot.id)
                AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.snapshot = snapshot.id)"""
@@ -307,7 +317,7 @@ def forget_unused_chains(db: Transaction) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StorageIds:
-    """Whose storage may be on disk: of snapshots and layers, half-made ones included; `ready`: must be there."""
+    """Whose storage may be on disk: of snapshots and layers, half-made ones included; `ready`: should be there."""
 
     snapshots: set[SnapshotId]
     layers: set[SnapshotId]
@@ -318,27 +328,27 @@ def storage_ids(db: Database) -> StorageIds:
     """The ids of all storage that the database names."""
     rows = db.rows("SELECT id, state = 'ready' FROM snapshot WHERE kind <> 'committed' OR state <> 'ready'")
     named = {SnapshotId(row[0]) for row in rows}
-    layers = {SnapshotId(row[0]) for row in db.rows("SELECT id FROM layer")}
-    # A half-made committed snapshot has its storage among the layers.
-    return StorageIds(named, layers | named, {SnapshotId(row[0]) for row in rows if row[1]})
-
-
-def forget_lost(db: Transaction, snapshot: SnapshotId) -> None:
-    """Drop a snapshot whose storage is gone, and the container that had it."""
-    db.execute("DELETE FROM container WHERE snapshot = ?", (snapshot,))
-    db.execute("DELETE FROM snapshot WHERE id = ?", (snapshot,))
+    layers = {SnapshotId(row[0]): bool(row[1]) for row in db.rows("SELECT id, sealed FROM layer")}
+    sealed = {layer for layer, is_sealed in layers.items() if is_sealed}
+    applied = {SnapshotId(row[0]) for row in db.rows("SELECT snapshot FROM applied")}
+    ready = {SnapshotId(row[0]) for row in rows if row[1]} - applied
+    # A half-made committed snapshot has its storage among the layers, a sealed layer among the snapshots.
+    return StorageIds(named | sealed, layers.keys() | named, ready)
 
 
 def unused_layers(db: Database) -> list[SnapshotId]:
     """Layers that no snapshot uses."""
-    rows = db.rows("SELECT id FROM layer WHERE id NOT IN (SELECT layer FROM snapshot WHERE layer IS NOT NULL)")
+    used = "SELECT layer FROM snapshot WHERE layer IS NOT NULL UNION ALL SELECT layer FROM applied"
+    rows = db.rows(f"SELECT id FROM layer WHERE id NOT IN ({used})")
     return [SnapshotId(row[0]) for row in rows]
 
 
 def forget_layer(db: Transaction, layer_id: SnapshotId) -> bool:
     """Record that a layer is gone, unless a snapshot has taken it up meanwhile; says whether it is."""
     cursor = db.execute(
-        "DELETE FROM layer WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM snapshot WHERE layer = ?1)", (layer_id,)
+        "DELETE FROM layer WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM snapshot WHERE layer = ?1) "
+        "AND NOT EXISTS (SELECT 1 FROM applied WHERE layer = ?1)",
+        (layer_id,),
     )
     return cursor.rowcount > 0
 
@@ -371,3 +381,101 @@ def set_labels(db: Transaction, snapshot: SnapshotId, new: Mapping[str, str]) ->
 
 def _insert_labels(db: Transaction, snapshot: SnapshotId, items: Iterable[tuple[str, str]]) -> None:
     db.executemany("INSERT INTO label VALUES (?, ?, ?)", ((snapshot, name, value) for name, value in items))
+
+
+# What front ends add.
+
+
+def walk_prefix(db: Database, prefix: str) -> Iterator[Snapshot]:
+    """Every ready snapshot whose key begins with `prefix`, parents before their children."""
+    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    rows = db.rows(
+        f"SELECT {_COLUMNS} FROM snapshot WHERE key >= ? AND key < ? AND state = 'ready' ORDER BY id", prefix, end
+    )
+    yield from map(_snapshot, rows)
+
+
+def all_labels(db: Database) -> dict[SnapshotId, dict[str, str]]:
+    """The labels of every snapshot that has any."""
+    found: dict[SnapshotId, dict[str, str]] = {}
+    for row in db.rows("SELECT snapshot, name, value FROM label"):
+        found.setdefault(SnapshotId(row[0]), {})[row[1]] = row[2]
+    return found
+
+
+def touch(db: Transaction, snapshot: SnapshotId) -> None:
+    """Record that a snapshot was updated now."""
+    db.execute("UPDATE snapshot SET updated = ? WHERE id = ?", (time.time_ns(), snapshot))
+
+
+def applied_layer(db: Source, snapshot: SnapshotId) -> SnapshotId | None:
+    """The layer that a differ read for an active snapshot, if one did."""
+    rows = _rows(db, "SELECT layer FROM applied WHERE snapshot = ?", snapshot)
+    return SnapshotId(rows[0][0]) if rows else None
+
+
+def set_applied(db: Transaction, snapshot: SnapshotId, layer_id: SnapshotId) -> None:
+    """Record which layer a differ read for an active snapshot."""
+    db.execute("INSERT INTO applied VALUES (?, ?)", (snapshot, layer_id))
+
+
+def forget_applied(db: Transaction, snapshot: SnapshotId) -> None:
+    """Record that the layer is the snapshot's own now."""
+    db.execute("DELETE FROM applied WHERE snapshot = ?", (snapshot,))
+
+
+def chain_id_of(db: Source, snapshot: Snapshot) -> str | None:
+    """A committed snapshot's chain ID, if all DiffIDs below it are known."""
+    if snapshot.key.startswith("sha256:"):
+        return snapshot.key
+    rows = _rows(db, "SELECT chain_id FROM chain WHERE snapshot = ?", snapshot.id)
+    return str(rows[0][0]) if rows else None
+
+
+def set_chain_id(db: Transaction, snapshot: SnapshotId, chain_id: str) -> None:
+    """Record a committed snapshot's chain ID."""
+    db.execute("INSERT OR REPLACE INTO chain VALUES (?, ?)", (snapshot, chain_id))
+
+
+def with_chain_id(db: Source, chain_id: str) -> list[Snapshot]:
+    """The committed snapshots that have that chain ID."""
+    rows = _rows(
+        db,
+        f"SELECT {_COLUMNS} FROM snapshot WHERE state = 'ready' AND kind = 'committed' AND "
+        "(key = ?1 OR id IN (SELECT snapshot FROM chain WHERE chain_id = ?1)) ORDER BY id",
+        chain_id,
+    )
+    return [_snapshot(row) for row in rows]
+
+
+def sealed_layers(db: Database) -> list[SnapshotId]:
+    """Layers that lie as they were written and that some snapshot uses, the lowest first."""
+    rows = db.rows("SELECT id FROM layer WHERE sealed AND id IN (SELECT layer FROM snapshot) ORDER BY id")
+    return [SnapshotId(row[0]) for row in rows]
+
+
+def removed(db: Database) -> list[SnapshotId]:
+    """Snapshots marked for removal that nobody is at work on."""
+    rows = db.rows("SELECT id FROM snapshot WHERE state = 'removing' AND owner IS NULL")
+    return [SnapshotId(row[0]) for row in rows]
+
+
+def set_usage(db: Transaction, layer_id: SnapshotId, size: int, inodes: int) -> None:
+    """Record what a sealed layer occupies."""
+    db.execute("UPDATE layer SET size = ?, inodes = ? WHERE id = ?", (size, inodes, layer_id))
+
+
+def remember_blob(db: Transaction, digest: str, diff_id: str, tar_size: int) -> None:
+    """Record which tar is in a compressed layer."""
+    db.execute("INSERT OR REPLACE INTO blob VALUES (?, ?, ?)", (digest, diff_id, tar_size))
+
+
+def known_blob(db: Database, digest: str) -> tuple[str, int] | None:
+    """(DiffID, size in bytes) of the tar in a compressed layer that was read before."""
+    row = db.row("SELECT diff_id, tar_size FROM blob WHERE digest = ?", digest)
+    return (str(row[0]), int(row[1])) if row else None
+
+
+def forget_unused_blobs(db: Transaction) -> None:
+    """Forget the compressed layers whose tar no layer was made from."""
+    db.execute("DELETE FROM blob WHERE diff_id NOT IN (SELECT diff_id FROM layer)")
