@@ -31,7 +31,7 @@ from typing import BinaryIO, NamedTuple
 from hpmapper import faults
 from hpmapper.drivers.base import Driver, Fresh, Ingested, Progress
 from hpmapper.errors import FailedPrecondition, InvalidArgument
-from hpmapper.layer.stream import Expected
+from hpmapper.layer.stream import Digests, Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Layer, Snapshot
@@ -219,6 +219,77 @@ class Engine:
                 snapshots.mark_damaged(transaction, layer.id)  # so that the new one is taken for its healing
             self.ingest(parent, tar, Expected(diff_id=layer.diff_id))
 
+    def ingest_layer(
+        self,
+        below: list[SnapshotId],
+        blob: BinaryIO,
+        expect: Expected,
+        record: Callable[[snapshots.Transaction, SnapshotId], object],
+        progress: Progress | None = None,
+    ) -> Digests:
+        """Read a layer that no snapshot has yet; `record` is told its number in the transaction that makes it exist.
+
+        Raises as `ingest`.
+        """
+        self._require_room(len(below) + 1)
+        with self._workspace().directory() as work, self.driver.pin():
+            key = f"ingest-{work.parent.name}-{work.name}"
+            with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as number:
+                facts = self.driver.ingest(number, lambda: below, blob, work, expect, progress)
+                faults.point("ingest.stored")
+                try:
+                    with self.db.transaction() as transaction:
+                        snapshots.add_layer(transaction, _layer_row(facts), facts.objects)
+                        snapshots.remember_blob(
+                            transaction, facts.digests.blob_digest, facts.digests.diff_id, facts.digests.tar_size
+                        )
+                        record(transaction, number)
+                        snapshots.forget(transaction, number)
+                finally:
+                    _close_fresh(facts)
+                faults.point("ingest.recorded")
+        return facts.digests
+
+    def layer_for(self, diff_id: str, below: list[SnapshotId]) -> SnapshotId | None:
+        """A layer with that tar which is right above the chain `below`, if there is one."""
+        if self.driver.capabilities.shares_layers and (unbound := snapshots.unbound_layer(self.db, diff_id)):
+            return unbound
+        for user in snapshots.users_of_diff_id(self.db, diff_id):
+            if snapshots.layers_below(self.db, user.parent) == below:
+                return user.layer
+        return None
+
+    def ingest_written(self, snapshot: Snapshot, record: Callable[[snapshots.Transaction, SnapshotId], object]) -> None:
+        """Read what was written to a snapshot into a layer on top of what is below it."""
+        below = self.prepared(snapshot)
+        with piped(lambda out: self.driver.write_diff(snapshot.id, below, out)) as tar:
+            self.ingest_layer(below, tar, Expected(), record)
+
+    def ingest_sealed(self, snapshot: Snapshot) -> None:
+        """Turn the sealed layers below a snapshot into the driver's own form, if it has one, the lowest first."""
+        if self.driver.capabilities.keeps_sealed:
+            return
+        for layer in reversed(snapshots.layers_below(self.db, snapshot.parent)):
+            if snapshots.layer(self.db, layer).sealed:
+                self.ingest_sealed_layer(layer)
+
+    def ingest_sealed_layer(self, layer: SnapshotId) -> None:
+        """Turn a sealed layer, whose lower ones are not, into the driver's own form.
+
+        What is mounted keeps the old one, which `collect` removes once nothing has it any more.
+
+        Raises:
+            InvalidArgument: it holds something that no layer's tar can hold. It stays as it is.
+        """
+        user = snapshots.any_user(self.db, layer)
+        if user is None:
+            return
+        below = snapshots.layers_below(self.db, user.parent)
+        with piped(lambda out: self.driver.write_diff(layer, below, out)) as tar:
+            self.ingest_layer(
+                below, tar, Expected(), lambda transaction, new: snapshots.replace_layer(transaction, layer, new)
+            )
+
     def _known_layer(self, key: str, parent: Parent, diff_id: str, lease: str | None) -> Snapshot | None:
         """The snapshot of that chain ID, if there is one or a layer that can stand for it; waits for no other."""
         adoptable = self.driver.capabilities.shares_layers and snapshots.unbound_layer(self.db, diff_id) is not None
@@ -246,16 +317,7 @@ class Engine:
     def _record(self, parent: Snapshot | None, snapshot: SnapshotId, facts: Ingested, lease: str | None) -> Snapshot:
         """Make an ingested layer exist; or take the one that somebody else finished first, healing it if need be."""
         key = chain_id(parent.key if parent else None, facts.digests.diff_id)
-        layer = Layer(
-            snapshot,
-            facts.digests.diff_id,
-            facts.bound,
-            facts.digest,
-            facts.digests.tar_size,
-            facts.size,
-            facts.inodes,
-            damaged=False,
-        )
+        layer = _layer_row(facts)
         with self.db.transaction() as transaction:
             winner = snapshots.find(transaction, key)
             superfluous = winner is not None and not snapshots.is_damaged(transaction, winner)
@@ -398,10 +460,21 @@ class Engine:
         self._finish_removal(snapshot.id)
 
     def _finish_removal(self, snapshot: SnapshotId) -> None:
-        self.driver.remove(snapshot)
+        if not snapshots.is_layer(self.db, snapshot):  # a sealed one's storage goes with its layer
+            self.driver.remove(snapshot)
         faults.point("remove.removed")
         with self.db.transaction(durable=False) as transaction:
             snapshots.forget(transaction, snapshot)
+
+    def free_removed(self) -> bool:
+        """Free what was marked as removed; False: some of it is still in use."""
+        marked = snapshots.removed(self.db)
+        done = [one for one in marked if snapshots.is_layer(self.db, one) or self._remove_storage(one)]
+        if done:
+            with self.db.transaction(durable=False) as transaction:
+                for snapshot in done:
+                    snapshots.forget(transaction, snapshot)
+        return len(done) == len(marked)
 
     # Rubbish.
 
@@ -426,6 +499,7 @@ class Engine:
         faults.point("collect.layers-removed")
         with self.db.transaction() as transaction:
             objects = snapshots.forget_unused_objects(transaction)
+            snapshots.forget_unused_blobs(transaction)
         faults.point("collect.objects-forgotten")
         try:
             self.driver.sweep_objects(self._known_objects, timeout)
@@ -453,7 +527,7 @@ class Engine:
 
     def _undo(self, snapshot: SnapshotId) -> None:
         log.info("undoing unfinished snapshot %s", snapshot)
-        if self._remove_storage(snapshot):
+        if snapshots.is_layer(self.db, snapshot) or self._remove_storage(snapshot):
             with self.db.transaction(durable=False) as transaction:
                 snapshots.forget(transaction, snapshot)
 
@@ -545,6 +619,25 @@ def _snapshot_of(taken: Future[Taken]) -> Snapshot:
 
 def _let_go(taken: Taken) -> Taken:
     """Close what was kept of a layer for `finish`."""
-    if taken.ingested and taken.ingested.fresh:
-        taken.ingested.fresh.spool.close()
+    if taken.ingested:
+        _close_fresh(taken.ingested)
     return taken
+
+
+def _close_fresh(ingested: Ingested) -> None:
+    if ingested.fresh:
+        ingested.fresh.spool.close()
+
+
+def _layer_row(facts: Ingested) -> Layer:
+    digests = facts.digests
+    return Layer(
+        facts.layer,
+        digests.diff_id,
+        facts.bound,
+        facts.digest,
+        digests.tar_size,
+        facts.size,
+        facts.inodes,
+        damaged=False,
+    )

@@ -33,7 +33,8 @@ Promises
     - Every method but `ingest` may be called again after it was cut short at any instant, and finishes the work.
       A cut-short `ingest` is undone by `remove_layer`; the engine never calls it twice for one number.
     - `remove` and `remove_layer` of something that is not there, or half there, succeed.
-    - A chain's sealed layers are its topmost ones: whoever ingests on top of one ingests that one first.
+    - A chain's sealed layers are its topmost ones, for a driver that does not keep them: whoever ingests on top of
+      one ingests that one first.
     - Removing never follows a mount point or a symlink out of the snapshot.
     - Nothing is promised to be durable but what `ingest` made: the engine's record follows, never precedes it.
     - Methods may be called from several threads and processes at once for different numbers.
@@ -71,6 +72,7 @@ class Capabilities:
         changes_from_upper: `changes` reads what the container wrote, not the whole tree.
         max_layers: layers below one snapshot.
         mounts: a snapshot's root is a mount; a driver without makes do where mounting is forbidden.
+        keeps_sealed: a sealed layer is as good as an ingested one; otherwise it is ingested when there is time.
     """
 
     shares_layers: bool
@@ -79,6 +81,7 @@ class Capabilities:
     changes_from_upper: bool
     max_layers: int
     mounts: bool
+    keeps_sealed: bool = True
 
 
 class Fresh(NamedTuple):

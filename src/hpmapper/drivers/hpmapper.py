@@ -65,6 +65,7 @@ class HpmapperDriver(UpperDriver):
         changes_from_upper=True,
         max_layers=1 << 16,  # merged, not stacked
         mounts=True,
+        keeps_sealed=False,
     )
 
     def __init__(
@@ -142,7 +143,9 @@ class HpmapperDriver(UpperDriver):
             yield from replay(recipe, lambda name: self._objects.open(ObjectDigest(name)))
 
     def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
-        if len(chain) > 1 and not (self._image(chain) / "map").exists():
+        if len(chain) < 2 or os.path.exists(f"{self._image(chain)}/map"):
+            return
+        if not self._split(chain)[0]:  # sealed layers have no maps
             self._merge(chain, fresh)
 
     def _merge(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:

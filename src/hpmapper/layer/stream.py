@@ -56,6 +56,11 @@ def _new_zstd() -> _Decompressor:
     return zstd.ZstdDecompressor()
 
 
+def new_zstd_compressor() -> zstd.ZstdCompressor:
+    """What makes a zstd layer."""
+    return zstd.ZstdCompressor(level=3)
+
+
 def _decompressor_for(head: bytes) -> Callable[[], _Decompressor] | None:
     """The decompressor that the first bytes ask for. The media type is not trusted: Docker's has been wrong."""
     if head.startswith(_GZIP_MAGIC):

@@ -89,12 +89,12 @@ def get(db: Database, key: str) -> Snapshot:
     return found
 
 
-def by_id(db: Database, snapshot: SnapshotId) -> Snapshot:
+def by_id(db: Source, snapshot: SnapshotId) -> Snapshot:
     """The snapshot of that id, whatever its state."""
-    row = db.row(f"SELECT {_COLUMNS} FROM snapshot WHERE id = ?", snapshot)
-    if row is None:
+    rows = _rows(db, f"SELECT {_COLUMNS} FROM snapshot WHERE id = ?", snapshot)
+    if not rows:
         raise NotFound(f"snapshot {snapshot} does not exist")
-    return _snapshot(row)
+    return _snapshot(rows[0])
 
 
 def walk(db: Database) -> Iterator[Snapshot]:
@@ -121,6 +121,11 @@ def layer(db: Database, layer_id: SnapshotId) -> Layer:
     if row is None:
         raise NotFound(f"layer {layer_id} does not exist")
     return _layer(row)
+
+
+def diff_id(db: Source, layer_id: SnapshotId) -> str:
+    """The DiffID of a layer, "" if it never was a tar."""
+    return str(_rows(db, "SELECT diff_id FROM layer WHERE id = ?", layer_id)[0][0])
 
 
 def layers(db: Database) -> list[Layer]:
@@ -151,6 +156,17 @@ def unbound_layer(db: Source, diff_id: str) -> SnapshotId | None:
     return SnapshotId(rows[0][0]) if rows else None
 
 
+def users_of_diff_id(db: Source, diff_id: str) -> list[Snapshot]:
+    """The committed snapshots made of a whole layer of that DiffID."""
+    rows = _rows(
+        db,
+        f"SELECT {_COLUMNS} FROM snapshot WHERE state = 'ready' AND layer IN "
+        "(SELECT id FROM layer WHERE diff_id = ? AND NOT damaged)",
+        diff_id,
+    )
+    return [_snapshot(row) for row in rows]
+
+
 def begin(db: Transaction, key: str, kind: Kind, parent: Snapshot | None, owner: str) -> SnapshotId:
     """Record the intent to make a snapshot; raises as `add`."""
     return _insert(db, key, kind, parent, "creating", owner)
@@ -174,8 +190,7 @@ def _insert(
     now = time.time_ns()
     try:
         cursor = db.execute(
-            "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key, kind, state, owner, parent.id if parent else None, now, now),
         )
     except sqlite3.IntegrityError as error:
@@ -190,7 +205,7 @@ def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: Snapsho
     """Record that a snapshot is there under its final key, made of that layer, on top of `parent`.
 
     Raises:
-        NotFound: the parent was removed meanwhile.
+        AlreadyExists: the key is taken. NotFound: the parent was removed meanwhile.
     """
     now = time.time_ns()
     try:
@@ -199,7 +214,9 @@ def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: Snapsho
             "created = ?, updated = ? WHERE id = ?",
             (key, layer_id, parent.id if parent else None, now, now, snapshot),
         )
-    except sqlite3.IntegrityError:
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+            raise AlreadyExists(f"snapshot {key!r} exists already") from None
         raise NotFound(f"the layers below {key} were removed meanwhile", hint="try again") from None
 
 
@@ -368,9 +385,9 @@ def is_object(db: Database, digest: ObjectDigest) -> bool:
     return db.row("SELECT 1 FROM object WHERE digest = ?", digest) is not None
 
 
-def labels(db: Database, snapshot: SnapshotId) -> dict[str, str]:
+def labels(db: Source, snapshot: SnapshotId) -> dict[str, str]:
     """A snapshot's labels."""
-    return dict(map(tuple, db.rows("SELECT name, value FROM label WHERE snapshot = ?", snapshot)))
+    return dict(map(tuple, _rows(db, "SELECT name, value FROM label WHERE snapshot = ?", snapshot)))
 
 
 def set_labels(db: Transaction, snapshot: SnapshotId, new: Mapping[str, str]) -> None:
@@ -415,8 +432,18 @@ def applied_layer(db: Source, snapshot: SnapshotId) -> SnapshotId | None:
 
 
 def set_applied(db: Transaction, snapshot: SnapshotId, layer_id: SnapshotId) -> None:
-    """Record which layer a differ read for an active snapshot."""
-    db.execute("INSERT INTO applied VALUES (?, ?)", (snapshot, layer_id))
+    """Record which layer a differ read for an active snapshot.
+
+    Raises:
+        NotFound: the layer or the snapshot was removed meanwhile.
+        AlreadyExists: somebody else has applied one meanwhile.
+    """
+    try:
+        db.execute("INSERT INTO applied VALUES (?, ?)", (snapshot, layer_id))
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
+            raise AlreadyExists(f"another layer was applied to snapshot {snapshot} meanwhile") from None
+        raise NotFound(f"snapshot {snapshot} was removed meanwhile") from None
 
 
 def forget_applied(db: Transaction, snapshot: SnapshotId) -> None:
@@ -452,6 +479,11 @@ def sealed_layers(db: Database) -> list[SnapshotId]:
     """Layers that lie as they were written and that some snapshot uses, the lowest first."""
     rows = db.rows("SELECT id FROM layer WHERE sealed AND id IN (SELECT layer FROM snapshot) ORDER BY id")
     return [SnapshotId(row[0]) for row in rows]
+
+
+def is_layer(db: Source, number: SnapshotId) -> bool:
+    """Whether there is a layer of that number."""
+    return bool(_rows(db, "SELECT 1 FROM layer WHERE id = ?", number))
 
 
 def removed(db: Database) -> list[SnapshotId]:

@@ -1,0 +1,41 @@
+"""`hpmapper serve`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from hpmapper import daemon
+from hpmapper.cli.session import config_of
+from hpmapper.cli.state import State
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.option(
+    "--address",
+    type=_FILE,
+    default=Path("/run/hpmapper/hpmapper.sock"),
+    show_default=True,
+    help="The unix socket to serve on.",
+)
+@click.option(
+    "--containerd-address",
+    type=_FILE,
+    default=Path("/run/containerd/containerd.sock"),
+    show_default=True,
+    help="containerd's own socket, from whose content store layers are read.",
+)
+@click.pass_obj
+def serve(state: State, address: Path, containerd_address: Path) -> None:
+    """Serve the root to containerd, as its snapshotter and differ, until told to stop.
+
+    Stops on SIGTERM: calls under way are finished first. Running containers are not touched, and go on to be served by
+    the next daemon.
+    """
+    if not state.debug:
+        logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
+    daemon.serve(config_of(state), address.absolute(), str(containerd_address))

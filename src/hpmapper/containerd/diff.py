@@ -1,0 +1,126 @@
+"""containerd's differ service: layers straight from its content store into the pool, and changes back into it.
+
+Mounts that are not ours are answered with UNIMPLEMENTED: containerd then asks the next differ in its list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from isal import isal_zlib
+
+from hpmapper.containerd.api import diff_pb2 as api
+from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
+from hpmapper.containerd.content import UNCOMPRESSED_LABEL, ContentStore, Metadata
+from hpmapper.errors import InvalidArgument, Unsupported
+from hpmapper.forest import DIFF_ID_LABEL, Forest
+from hpmapper.layer.stream import Expected, new_zstd_compressor
+from hpmapper.model import oci_digest
+from hpmapper.pipe import piped
+
+OCI_TAR = "application/vnd.oci.image.layer.v1.tar"
+_OCI_LAYERS = {OCI_TAR, "application/vnd.oci.image.layer.nondistributable.v1.tar"}
+_DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
+_LAYERS = _OCI_LAYERS | {_DOCKER_LAYER, "application/vnd.docker.image.rootfs.foreign.diff.tar"}
+_COMPRESSIONS = ("", "+gzip", "+zstd", ".gzip", ".zstd")
+READABLE = {layer + how for layer in _LAYERS for how in _COMPRESSIONS}
+
+_CHUNK = 1 << 20
+_GZIP_WINDOW = zlib.MAX_WBITS | 16
+
+
+class _Compressor(Protocol):
+    def compress(self, data: bytes, /) -> bytes: ...
+    def flush(self) -> bytes: ...
+
+
+_COMPRESSORS: dict[str, Callable[[], _Compressor] | None] = {
+    OCI_TAR: None,
+    f"{OCI_TAR}+gzip": partial(isal_zlib.compressobj, 1, isal_zlib.DEFLATED, _GZIP_WINDOW),
+    f"{OCI_TAR}+zstd": new_zstd_compressor,
+    _DOCKER_LAYER: None,
+    f"{_DOCKER_LAYER}.gzip": partial(isal_zlib.compressobj, 1, isal_zlib.DEFLATED, _GZIP_WINDOW),
+}
+
+
+class DiffService:
+    """containerd.services.diff.v1.Diff. `metadata` are the headers of the call."""
+
+    def __init__(self, forest: Forest, content: ContentStore) -> None:
+        self._forest = forest
+        self._content = content
+
+    def apply(self, request: api.ApplyRequest, metadata: Metadata) -> api.ApplyResponse:
+        """Read a layer into the active snapshot that is mounted where the request says."""
+        path = _one_bind(request.mounts)
+        snapshot = self._forest.at(path) if path else None
+        if snapshot is None:
+            raise Unsupported("these mounts are not hpmapper's")
+        if request.diff.media_type not in READABLE or request.payloads:
+            raise Unsupported(f"layers of type {request.diff.media_type[:100]!r} are for containerd's own differ")
+        digest = oci_digest(request.diff.digest)
+        self._content.require()
+        labels = self._forest.labels(snapshot)
+        expect = Expected(diff_id=labels.get(DIFF_ID_LABEL), digest=digest, size=request.diff.size or None)
+        applied = self._forest.apply(snapshot, lambda: self._content.open(digest, metadata), expect)
+        return api.ApplyResponse(applied=Descriptor(media_type=OCI_TAR, digest=applied.diff_id, size=applied.tar_size))
+
+    def diff(self, request: api.DiffRequest, metadata: Metadata) -> api.DiffResponse:
+        """Write what one mounted snapshot changes of another into the content store, as a layer."""
+        media_type = request.media_type or f"{OCI_TAR}+gzip"
+        if media_type not in _COMPRESSORS or request.HasField("source_date_epoch"):
+            raise Unsupported(f"a layer like this ({media_type[:100]!r}) is for containerd's own differ")
+        right = _one_bind(request.right)
+        left = _one_bind(request.left) if request.left else None
+        if right is None or (request.left and left is None):
+            raise Unsupported("these mounts are not hpmapper's")
+        write = self._forest.differences(left, right)
+        self._content.require()
+        new = _COMPRESSORS[media_type]
+        with piped(write) as tar:
+            packed = _Packed(iter(lambda: tar.read(_CHUNK), b""), new() if new else None)
+            labels = dict(request.labels)
+
+            def labelled() -> dict[str, str]:
+                return {**labels, UNCOMPRESSED_LABEL: packed.diff_id()} if new else labels
+
+            ref = request.ref or f"hpmapper-diff-{secrets.token_hex(8)}"
+            digest, size = self._content.write(ref, packed, labelled, metadata)
+        return api.DiffResponse(diff=Descriptor(media_type=media_type, digest=digest, size=size))
+
+
+class _Packed:
+    """A tar's pieces, compressed; knows the tar's digest once it is through."""
+
+    def __init__(self, pieces: Iterable[bytes], compressor: _Compressor | None) -> None:
+        self._pieces = pieces
+        self._compressor = compressor
+        self._hasher = hashlib.sha256()
+
+    def diff_id(self) -> str:
+        return f"sha256:{self._hasher.hexdigest()}"
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            self._hasher.update(piece)
+            packed = self._compressor.compress(piece) if self._compressor else piece
+            if packed:
+                yield packed
+        if self._compressor:
+            yield self._compressor.flush()
+
+
+def _one_bind(mounts: Iterable[Mount]) -> Path | None:
+    """The source of the one bind that a request is about; None: it is about something else."""
+    match list(mounts):
+        case [Mount(type="bind") as mount] if mount.source.startswith("/"):
+            return Path(mount.source)
+        case []:
+            raise InvalidArgument("the request names no mounts")
+    return None

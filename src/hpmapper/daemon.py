@@ -1,0 +1,94 @@
+"""The daemon: one per root, from lock to graceful stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpmapper.caretaker import Caretaker
+from hpmapper.config import Config
+from hpmapper.containerd.content import ContentStore
+from hpmapper.containerd.diff import DiffService
+from hpmapper.containerd.server import bind, make_server
+from hpmapper.containerd.snapshots import SnapshotService
+from hpmapper.errors import FailedPrecondition
+from hpmapper.forest import Forest
+from hpmapper.kernel import lock
+from hpmapper.root import open_root
+
+log = logging.getLogger(__name__)
+
+LOCK = "daemon.lock"
+
+_DRAIN_SECONDS = 30.0
+"""How long calls that are under way may take when the daemon is told to stop; then they are cut off and undone."""
+
+_SWITCH_SECONDS = 0.0005
+"""How long a thread that reads a layer may hold Python's lock while a call waits for it: a tenth of the default."""
+
+
+def serve(config: Config, address: Path, containerd: str) -> None:
+    """Serve the root's snapshots on a unix socket until SIGTERM or SIGINT.
+
+    Args:
+        address: the socket's path; mode 0600. Under systemd's socket activation its socket is taken instead.
+        containerd: path of containerd's own socket, whose content the differ reads.
+
+    Raises:
+        FailedPrecondition: another daemon serves the root or the socket. Else as `open_root`.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    config.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _only_daemon(config.root), open_root(config) as opened:
+        engine = opened.engine
+        caretaker = Caretaker(engine)
+        forest = Forest(engine, "containerd", caretaker)
+        content = ContentStore(containerd)
+        server = make_server(SnapshotService(forest, caretaker.clean_up), DiffService(forest, content))
+        bind(server, address)
+        server.start()
+        caretaker.start()
+        notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
+        log.info("serving %s on %s with the driver %s", config.root, address, engine.driver.name)
+        stop.wait()
+        notify("STOPPING=1")
+        log.info("stopping: waiting for calls under way")
+        server.stop(_DRAIN_SECONDS).wait()
+        caretaker.stop()
+        content.close()
+
+
+@contextmanager
+def _only_daemon(root: Path) -> Iterator[None]:
+    """Hold the root's daemon lock; it tells others who holds it."""
+    try:
+        with lock.exclusive(root / LOCK, timeout=0) as fd:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+            yield
+    except BlockingIOError:
+        pid = (root / LOCK).read_text().strip()
+        raise FailedPrecondition(
+            f"another daemon serves the root at {root}: its pid is {pid}", hint="stop it, or name another --root"
+        ) from None
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it asked to be told (sd_notify(3))."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if not where:
+        return
+    name = "\0" + where[1:] if where.startswith("@") else where
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
+        notifier.connect(name)
+        notifier.sendall(state.encode())

@@ -1,0 +1,439 @@
+"""The forest of named snapshots that a container engine keeps: containerd's terms on top of `Engine`.
+
+    prepare, view   a place to write, or to look, on top of a committed snapshot
+    mounts          where its root file system is
+    apply           a layer's blob read straight into it (the fast path: no directory in between)
+    commit          what was written or applied becomes a committed snapshot, under a name
+    remove          gone from the forest; its storage follows later (`Caretaker`)
+
+Each owner ("containerd", "docker") has a forest of its own: keys are kept with the owner's name before them, so that
+they collide neither with another's nor with the images' chain IDs. Semantics as in containerd's
+core/snapshots/snapshotter.go and its reference implementation, core/snapshots/storage/bolt.go.
+
+Everything that containerd does inside its own database's write transaction (prepare, commit, update, remove) takes one
+transaction here and no heavy work (design trap 5).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from hpmapper import faults
+from hpmapper.drivers.base import Progress
+from hpmapper.engine import Engine, chain_id
+from hpmapper.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from hpmapper.layer.stream import Expected
+from hpmapper.meta import snapshots
+from hpmapper.meta.snapshots import Layer, Snapshot, Transaction
+from hpmapper.model import Kind, SnapshotId, Usage
+
+MAX_KEY = 32768
+"""Bytes of a key, as in containerd's own database (bbolt)."""
+
+MAX_LABEL = 4096
+"""Bytes of a label's name and value together, as in containerd (pkg/labels/validate.go)."""
+
+TARGET_LABEL = "containerd.io/snapshot.ref"
+"""The chain ID of the layer for which containerd prepares a snapshot."""
+
+DIFF_ID_LABEL = "containerd.io/snapshot/diff-id"
+"""Its DiffID (containerd 2.3)."""
+
+_HIDDEN = "applied:"
+"""How the keys begin of committed snapshots that hold an applied layer below what was written on top of it."""
+
+Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What the forest knows of a snapshot. `parent`: its key, "" for none. Times in nanoseconds since 1970."""
+
+    key: str
+    parent: str
+    kind: Kind
+    created: int
+    updated: int
+    labels: Labels
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Where a snapshot's root file system is mounted, and whether it may be written to."""
+
+    path: Path
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What is in a layer's blob: the tar's digest and size in bytes. `read`: False if that was known before."""
+
+    diff_id: str
+    tar_size: int
+    read: bool
+
+
+class Watcher(Protocol):
+    """Whoever does the work that a forest leaves for later."""
+
+    def committed(self, snapshot: Snapshot) -> None: ...
+    def removed(self, snapshot: Snapshot) -> None: ...
+
+
+class Forest:
+    """One owner's snapshots. For use by several threads."""
+
+    def __init__(self, engine: Engine, owner: str, watcher: Watcher | None = None) -> None:
+        """`watcher` is told what there is to be done later."""
+        self.engine = engine
+        self._db = engine.db
+        self._prefix = f"{owner}:"
+        self._watcher = watcher
+
+    # Looking.
+
+    def stat(self, key: str) -> Info:
+        """What is known of one snapshot; NotFound if there is none."""
+        snapshot = self.get(key)
+        return self._info(snapshot, snapshots.labels(self._db, snapshot.id))
+
+    def walk(self) -> Iterator[Info]:
+        """Yield every snapshot of the owner, as at one moment."""
+        labels = snapshots.all_labels(self._db)
+        found = list(snapshots.walk_prefix(self._db, self._prefix))
+        keys = {one.id: self._outer(one.key) for one in found}
+        for one in found:
+            parent = keys.get(one.parent) if one.parent is not None else ""
+            yield self._named(one, self._parent_key(one) if parent is None else parent, labels.get(one.id, {}))
+
+    def get(self, key: str) -> Snapshot:
+        """The snapshot of that key; NotFound if there is none."""
+        found = snapshots.find(self._db, self._inner(key))
+        if found is None:
+            raise NotFound(f"snapshot {key!r} does not exist")
+        return found
+
+    def usage(self, key: str) -> Usage:
+        """What a snapshot alone occupies; for a committed one, what it added when it came."""
+        snapshot = self.get(key)
+        return Usage(0, 0) if snapshot.kind is Kind.VIEW else self.engine.usage(snapshot)
+
+    def mounts(self, key: str) -> Root:
+        """The root of an active snapshot or a view, mounted now if it is not (after a reboot).
+
+        Raises:
+            FailedPrecondition: it is committed.
+        """
+        return self._mounted(self.get(key))
+
+    # Growing.
+
+    def prepare(self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE) -> Root:
+        """Make an active snapshot or a view of `parent` ("": of nothing), and mount it.
+
+        Raises:
+            AlreadyExists: the key is taken; or what was to be unpacked into it (`TARGET_LABEL`) is there already, and
+                has become a committed snapshot on `parent` with these labels.
+            NotFound, InvalidArgument: there is no such parent, it is not committed, a key or label is malformed.
+            NoSpace: the pool is too full.
+        """
+        inner = self._checked(key)
+        _check_labels(labels)
+        below = self.get(parent) if parent else None
+        if kind is Kind.ACTIVE and TARGET_LABEL in labels and self._bring_known(key, below, labels):
+            raise AlreadyExists(f"snapshot {labels[TARGET_LABEL]!r} is here already")
+
+        def label(transaction: Transaction, snapshot: SnapshotId) -> None:
+            snapshots.set_labels(transaction, snapshot, labels)
+
+        try:
+            made = self.engine.prepare(inner, below, kind, also=label, durable=True, finish=False)
+        except AlreadyExists:
+            raise AlreadyExists(f"snapshot {key!r} exists already") from None
+        return self._mounted(made)
+
+    def update(self, key: str, change: Callable[[Labels], Labels]) -> Info:
+        """Let `change` make new labels of a snapshot's labels."""
+        with self._db.transaction() as transaction:
+            found = snapshots.find(transaction, self._inner(key))
+            if found is None:
+                raise NotFound(f"snapshot {key!r} does not exist")
+            new = change(snapshots.labels(transaction, found.id))
+            _check_labels(new)
+            snapshots.set_labels(transaction, found.id, new)
+            snapshots.touch(transaction, found.id)
+        return self.stat(key)
+
+    def commit(self, name: str, key: str, labels: Labels, parent: str = "") -> None:
+        """Make a committed snapshot of an active one, under a name; what was written or applied is its layer.
+
+        `parent`: stand on this one, if the active snapshot stood on none (containerd's "rebase").
+
+        Raises:
+            AlreadyExists: the name is taken. NotFound: there is no such key or parent.
+            FailedPrecondition: it is not active. InvalidArgument: it has another parent; a name or label is malformed.
+        """
+        inner = self._checked(name)
+        _check_labels(labels)
+        if snapshots.find(self._db, inner):
+            raise AlreadyExists(f"snapshot {name!r} exists already")
+        active = self.get(key)
+        if active.kind is not Kind.ACTIVE:
+            raise FailedPrecondition(f"snapshot {key!r} is not active but {active.kind}")
+        below = self._parent_at_commit(active, parent)
+
+        def settle(transaction: Transaction, written: SnapshotId | None) -> None:
+            self._settle(transaction, active, inner, below, written)
+            snapshots.set_labels(transaction, active.id, labels)
+
+        if not self._is_written(active):
+            with self._db.transaction() as transaction:
+                settle(transaction, None)
+        elif self.engine.driver.seal(active.id):
+            with self._db.transaction() as transaction:
+                snapshots.add_layer(transaction, _sealed_layer(active.id), {})
+                settle(transaction, active.id)
+        else:
+            self.engine.ingest_written(active, settle)
+        faults.point("forest.committed")
+        if self._watcher:
+            self._watcher.committed(snapshots.by_id(self._db, active.id))
+
+    def _parent_at_commit(self, active: Snapshot, parent: str) -> Snapshot | None:
+        below = snapshots.by_id(self._db, active.parent) if active.parent is not None else None
+        if not parent:
+            return below
+        wanted = self.get(parent)
+        if below is not None and below.id != wanted.id:
+            raise InvalidArgument(f"the snapshot has the parent {self._outer(below.key)!r}, not {parent!r}")
+        if wanted.kind is not Kind.COMMITTED:
+            raise FailedPrecondition(f"parent {parent!r} is not committed")
+        if below is None:
+            layer = snapshots.applied_layer(self._db, active.id)
+            if layer is None or snapshots.layer(self._db, layer).bound:
+                raise FailedPrecondition(
+                    f"the layer cannot be moved onto {parent!r}: it was read without what lies below it",
+                    hint="prepare it on its parent; containerd does without the capability rebase",
+                )
+        return wanted
+
+    def _is_written(self, active: Snapshot) -> bool:
+        """Whether an active snapshot's own storage is, or is part of, what it holds."""
+        if snapshots.applied_layer(self._db, active.id) is None:
+            self.engine.prepared(active)
+            return True
+        return not self._is_untouched(active)
+
+    def _settle(
+        self,
+        transaction: Transaction,
+        active: Snapshot,
+        inner: str,
+        below: Snapshot | None,
+        written: SnapshotId | None,
+    ) -> None:
+        """Commit an active snapshot: what was applied, what was written, or, with a snapshot that none sees, both."""
+        applied = snapshots.applied_layer(transaction, active.id)
+        snapshots.forget_applied(transaction, active.id)
+        if applied is not None and written is not None:
+            hidden = snapshots.add(transaction, f"{_HIDDEN}{active.id}", Kind.ACTIVE, below)
+            snapshots.committed(transaction, hidden, f"{_HIDDEN}{active.id}", applied, below)
+            below = snapshots.by_id(transaction, hidden)
+        layer = written if written is not None else applied
+        assert layer is not None
+        snapshots.committed(transaction, active.id, inner, layer, below)
+        self._note_chain(transaction, active.id, layer, below)
+
+    def _note_chain(
+        self, transaction: Transaction, snapshot: SnapshotId, layer: SnapshotId, below: Snapshot | None
+    ) -> None:
+        """Record the chain ID of a committed snapshot, if all of its layers came as tars whose digests are known."""
+        diff_id = snapshots.diff_id(transaction, layer)
+        lower = snapshots.chain_id_of(transaction, below) if below else None
+        if diff_id and (below is None or lower is not None):
+            snapshots.set_chain_id(transaction, snapshot, chain_id(lower, diff_id))
+
+    def remove(self, key: str) -> None:
+        """Remove a snapshot of any kind from the forest; what it occupied is freed later.
+
+        Raises:
+            NotFound: there is none. FailedPrecondition: it has children.
+        """
+        snapshot = self.get(key)
+        with self._db.transaction() as transaction:
+            snapshots.begin_removal(transaction, snapshot, None)
+            snapshots.forget_applied(transaction, snapshot.id)
+        faults.point("forest.removed")
+        if self._watcher:
+            self._watcher.removed(snapshot)
+
+    # The fast path.
+
+    def at(self, path: Path) -> Snapshot | None:
+        """The owner's active snapshot or view whose root is mounted at `path`, if it is one of ours."""
+        numbers = [part for part in path.parts if part.isascii() and part.isdigit()]
+        snapshot = SnapshotId(int(numbers[-1])) if numbers else None
+        if snapshot is None or os.fspath(self.engine.driver.root(snapshot)) != os.fspath(path):
+            return None
+        try:
+            found = snapshots.by_id(self._db, snapshot)
+        except NotFound:
+            return None
+        mine = found.key.startswith(self._prefix) and found.kind is not Kind.COMMITTED
+        return found if mine else None
+
+    def labels(self, snapshot: Snapshot) -> Labels:
+        """A snapshot's labels."""
+        return snapshots.labels(self._db, snapshot.id)
+
+    def differences(self, left: Path | None, right: Path) -> Callable[[BinaryIO], None]:
+        """What writes the layer tar that leads from the root mounted at `left` (None: nothing) to that at `right`.
+
+        Right is an active snapshot and left a view of its parent; or right is a view of a committed snapshot and left
+        one of that one's parent: only what is in between is read.
+
+        Raises:
+            Unsupported: they are something else.
+        """
+        new = self.at(right)
+        old = self.at(left) if left else None
+        if new is None or (left and old is None) or (old and not self._is_bare(old)):
+            raise Unsupported("these mounts are not hpmapper's, or not one on top of the other")
+        base = old.parent if old else None
+        if new.kind is Kind.ACTIVE and new.parent == base and not snapshots.applied_layer(self._db, new.id):
+            below = self.engine.prepared(new)
+            return lambda out: self.engine.driver.write_diff(new.id, below, out)
+        top = snapshots.by_id(self._db, new.parent) if new.parent is not None else None
+        if top is None or top.layer is None or top.parent != base or not self._is_bare(new):
+            raise Unsupported("these mounts are not one on top of the other")
+        layer, below = top.layer, snapshots.layers_below(self._db, top.parent)
+        if snapshots.layer(self._db, layer).sealed:
+            return lambda out: self.engine.driver.write_diff(layer, below, out)
+        return lambda out: out.writelines(self.engine.driver.read_tar(layer))
+
+    def _is_bare(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot shows its parent and nothing else."""
+        return snapshots.applied_layer(self._db, snapshot.id) is None and self._is_untouched(snapshot)
+
+    def apply(
+        self, snapshot: Snapshot, open_blob: Callable[[], BinaryIO], expect: Expected, progress: Progress | None = None
+    ) -> Applied:
+        """Read a layer's blob as what an active snapshot holds. A layer that is here already is not read.
+
+        Raises:
+            Unsupported: something was written or applied to it before: it takes a differ that writes through a mount.
+            Corrupt, InvalidArgument, NoSpace: as `Engine.ingest`. The snapshot stays as it was.
+        """
+        if snapshot.kind is not Kind.ACTIVE or not self._is_bare(snapshot):
+            raise Unsupported(f"snapshot {self._outer(snapshot.key)!r} is a view, or was written to before")
+        self.engine.ingest_sealed(snapshot)
+        below = self.engine.below(snapshot)
+        known = snapshots.known_blob(self._db, expect.digest) if expect.digest else None
+        if known:
+            layer = self.engine.layer_for(known[0], below)
+            if layer is not None and self._take_known(snapshot, layer):
+                return Applied(*known, read=False)
+
+        def record(transaction: Transaction, layer: SnapshotId) -> None:
+            snapshots.set_applied(transaction, snapshot.id, layer)
+
+        with open_blob() as blob:
+            facts = self.engine.ingest_layer(below, blob, expect, record, progress)
+        self._drop_storage(snapshot)
+        return Applied(facts.diff_id, facts.tar_size, read=True)
+
+    def _is_untouched(self, snapshot: Snapshot) -> bool:
+        return not self.engine.driver.has(snapshot.id) or next(self.engine.changes(snapshot), None) is None
+
+    def _take_known(self, snapshot: Snapshot, layer: SnapshotId) -> bool:
+        """Let a layer that is here be what a snapshot holds; False: it has just gone."""
+        try:
+            with self._db.transaction() as transaction:
+                snapshots.set_applied(transaction, snapshot.id, layer)
+        except NotFound:
+            return False
+        self._drop_storage(snapshot)
+        return True
+
+    def _drop_storage(self, snapshot: Snapshot) -> None:
+        """What was mounted does not show the applied layer: whoever asks for the mount gets a new one."""
+        faults.point("forest.applied")
+        self.engine.driver.remove(snapshot.id)
+
+    def _bring_known(self, key: str, parent: Snapshot | None, labels: Labels) -> bool:
+        """Commit the layer that containerd wants to unpack on `parent`, if it is here: nothing is fetched or read then.
+
+        containerd calls that a remote snapshot, and finds it by its label and parent.
+        """
+        target = labels[TARGET_LABEL]
+        candidates = snapshots.with_chain_id(self._db, target)
+        if not candidates:
+            return False
+        below = snapshots.layers_below(self._db, parent.id) if parent else []
+        for one in candidates:
+            if one.layer is None or snapshots.layers_below(self._db, one.parent) != below:
+                continue  # the same layers, but kept another way
+            mine = one.key.startswith(self._prefix) and one.parent == (parent.id if parent else None)
+            if not mine or snapshots.labels(self._db, one.id).get(TARGET_LABEL) != target:
+                self._commit_known(f"{key} {target}", parent, one.layer, labels)
+            return True
+        return False
+
+    def _commit_known(self, name: str, parent: Snapshot | None, layer: SnapshotId, labels: Labels) -> None:
+        with self._db.transaction() as transaction:
+            inner = self._inner(name)
+            snapshot = snapshots.add(transaction, inner, Kind.ACTIVE, parent)
+            snapshots.committed(transaction, snapshot, inner, layer, parent)
+            snapshots.set_labels(transaction, snapshot, labels)
+            self._note_chain(transaction, snapshot, layer, parent)
+
+    # Names.
+
+    def _mounted(self, snapshot: Snapshot) -> Root:
+        return Root(self.engine.mount(snapshot), snapshot.kind is Kind.VIEW)
+
+    def _inner(self, key: str) -> str:
+        return self._prefix + key
+
+    def _outer(self, key: str) -> str:
+        return key.removeprefix(self._prefix)
+
+    def _checked(self, key: str) -> str:
+        if not key or len(key.encode()) > MAX_KEY:
+            raise InvalidArgument(f"a snapshot's key has 1 to {MAX_KEY} bytes, not {len(key.encode())}")
+        return self._inner(key)
+
+    def _info(self, snapshot: Snapshot, labels: Labels) -> Info:
+        return self._named(snapshot, self._parent_key(snapshot), labels)
+
+    def _named(self, snapshot: Snapshot, parent: str, labels: Labels) -> Info:
+        key = self._outer(snapshot.key)
+        return Info(key, parent, snapshot.kind, snapshot.created, snapshot.updated, labels)
+
+    def _parent_key(self, snapshot: Snapshot) -> str:
+        """The key of the nearest snapshot below that the owner sees, "" for none."""
+        parent = snapshot.parent
+        while parent is not None:
+            row = snapshots.by_id(self._db, parent)
+            if not row.key.startswith(_HIDDEN):
+                return self._outer(row.key)
+            parent = row.parent
+        return ""
+
+
+def _sealed_layer(snapshot: SnapshotId) -> Layer:
+    return Layer(snapshot, "", bound=True, digest=None, tar_size=0, size=-1, inodes=0, damaged=False, sealed=True)
+
+
+def _check_labels(labels: Labels) -> None:
+    for name, value in labels.items():
+        size = len(name.encode()) + len(value.encode())
+        if size > MAX_LABEL:
+            raise InvalidArgument(
+                f"label {name[:64]!r} has {size} bytes with its value", hint=f"at most {MAX_LABEL} are allowed"
+            )
