@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,8 @@ log = logging.getLogger(__name__)
 
 LOCK = "daemon.lock"
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 _DRAIN_SECONDS = 30.0
 """How long calls that are under way may take when the daemon is told to stop; then they are cut off and undone."""
 
@@ -45,9 +46,8 @@ def serve(config: Config, address: Path, containerd: str) -> None:
         FailedPrecondition: another daemon serves the root or the socket. Else as `open_root`.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # Blocked before any thread is made, and waited for: a handler would run only once the main thread woke.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     config.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_daemon(config.root), open_root(config) as opened:
         engine = opened.engine
@@ -60,7 +60,7 @@ def serve(config: Config, address: Path, containerd: str) -> None:
         caretaker.start()
         notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
         log.info("serving %s on %s with the driver %s", config.root, address, engine.driver.name)
-        stop.wait()
+        signal.sigwait(_STOP_SIGNALS)
         notify("STOPPING=1")
         log.info("stopping: waiting for calls under way")
         server.stop(_DRAIN_SECONDS).wait()

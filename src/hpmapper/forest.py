@@ -265,9 +265,13 @@ class Forest:
             NotFound: there is none. FailedPrecondition: it has children.
         """
         snapshot = self.get(key)
-        with self._db.transaction() as transaction:
-            snapshots.begin_removal(transaction, snapshot, None)
-            snapshots.forget_applied(transaction, snapshot.id)
+        try:
+            with self._db.transaction() as transaction:
+                snapshots.begin_removal(transaction, snapshot, None)
+                snapshots.forget_applied(transaction, snapshot.id)
+                snapshots.forget_hidden(transaction, f"{_HIDDEN}{snapshot.id}")
+        except FailedPrecondition as error:
+            raise FailedPrecondition(error.message.replace(self._prefix, "")) from None
         faults.point("forest.removed")
         if self._watcher:
             self._watcher.removed(snapshot)

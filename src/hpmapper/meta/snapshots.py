@@ -281,7 +281,7 @@ def begin_removal(db: Transaction, snapshot: Snapshot, owner: str | None) -> Non
     if user:
         raise FailedPrecondition(f"cannot remove snapshot {snapshot.key!r}: {user[0]} uses it")
     changed = db.execute(
-        "UPDATE snapshot SET state = 'removing', owner = ?, layer = NULL, key = 'removing-' || id "
+        "UPDATE snapshot SET state = 'removing', owner = ?, layer = NULL, parent = NULL, key = 'removing-' || id "
         "WHERE id = ? AND state = 'ready'",
         (owner, snapshot.id),
     )
@@ -479,6 +479,11 @@ def sealed_layers(db: Database) -> list[SnapshotId]:
     """Layers that lie as they were written and that some snapshot uses, the lowest first."""
     rows = db.rows("SELECT id FROM layer WHERE sealed AND id IN (SELECT layer FROM snapshot) ORDER BY id")
     return [SnapshotId(row[0]) for row in rows]
+
+
+def forget_hidden(db: Transaction, key: str) -> None:
+    """Drop a committed snapshot that stood below the one that was just removed, and that nobody else sees."""
+    db.execute("DELETE FROM snapshot WHERE key = ?", (key,))
 
 
 def is_layer(db: Source, number: SnapshotId) -> bool:
