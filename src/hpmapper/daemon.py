@@ -14,13 +14,16 @@ from pathlib import Path
 from hpmapper.caretaker import Caretaker
 from hpmapper.config import Config
 from hpmapper.containerd.content import ContentStore
+from hpmapper.containerd.diff import SERVICE as DIFF
 from hpmapper.containerd.diff import DiffService
-from hpmapper.containerd.server import bind, make_server
+from hpmapper.containerd.health import HealthService
+from hpmapper.containerd.snapshots import SERVICE as SNAPSHOTS
 from hpmapper.containerd.snapshots import SnapshotService
 from hpmapper.errors import FailedPrecondition
 from hpmapper.forest import Forest
 from hpmapper.kernel import lock
 from hpmapper.root import open_root
+from hpmapper.rpc.server import Server
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ LOCK = "daemon.lock"
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+_LISTEN_FDS_START = 3
 _DRAIN_SECONDS = 30.0
 """How long calls that are under way may take when the daemon is told to stop; then they are cut off and undone."""
 
@@ -54,8 +58,14 @@ def serve(config: Config, address: Path, containerd: str) -> None:
         caretaker = Caretaker(engine)
         forest = Forest(engine, "containerd", caretaker)
         content = ContentStore(containerd)
-        server = make_server(SnapshotService(forest, caretaker.clean_up), DiffService(forest, content))
-        bind(server, address)
+        services = (
+            SnapshotService(forest, caretaker.clean_up),
+            DiffService(forest, content),
+            HealthService({SNAPSHOTS, DIFF}),
+        )
+        methods = {path: method for service in services for path, method in service.methods().items()}
+        server = Server(methods, engine.db.batch)
+        _listen(server, address)
         server.start()
         caretaker.start()
         notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
@@ -63,7 +73,7 @@ def serve(config: Config, address: Path, containerd: str) -> None:
         signal.sigwait(_STOP_SIGNALS)
         notify("STOPPING=1")
         log.info("stopping: waiting for calls under way")
-        server.stop(_DRAIN_SECONDS).wait()
+        server.stop(_DRAIN_SECONDS)
         caretaker.stop()
         content.close()
 
@@ -81,6 +91,15 @@ def _only_daemon(root: Path) -> Iterator[None]:
         raise FailedPrecondition(
             f"another daemon serves the root at {root}: its pid is {pid}", hint="stop it, or name another --root"
         ) from None
+
+
+def _listen(server: Server, address: Path) -> None:
+    """On systemd's socket, if it gave one (sd_listen_fds(3)), else on a new one."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and int(os.environ.get("LISTEN_FDS", "0")) >= 1:
+        os.set_inheritable(_LISTEN_FDS_START, False)
+        server.adopt(socket.socket(fileno=_LISTEN_FDS_START))
+    else:
+        server.bind(address)
 
 
 def notify(state: str) -> None:

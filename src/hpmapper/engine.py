@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults
-from hpmapper.drivers.base import Driver, Fresh, Ingested, Progress
+from hpmapper.drivers.base import Driver, Fresh, Ingested, MountSpec, Progress
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.layer.stream import Digests, Expected
 from hpmapper.meta import snapshots
@@ -345,39 +345,54 @@ class Engine:
         *,
         also: Also | None = None,
         undo: Also | None = None,
-        durable: bool = False,
-        finish: bool = True,
     ) -> Snapshot:
         """Make an active snapshot, or a view, of `parent`.
 
-        `also` is recorded in the same transaction, and taken back by `undo` should making the storage fail. Without
-        `finish` it does not wait for the image to be made ready.
+        `also` is recorded in the same transaction, and taken back by `undo` should making the storage fail.
 
         Raises:
             AlreadyExists: the key is taken. InvalidArgument: the parent is not committed. NoSpace: no room.
         """
         below = self._chain(parent)
-        self._require_room(len(below))
-        if finish:
-            self.driver.finish(below, {})
-        # Recorded first: should the process end before the storage is made, whoever asks for it makes it. Not durable
-        # unless asked: power loss may take back a container that nobody can have written to for long.
+        self.driver.finish(below, {})
+        # Not durable: power loss may take back a container that nobody can have written to for long.
+        snapshot = self.record(key, parent, kind, also, durable=False)
+        try:
+            self.driver.prepare(snapshot.id, below, read_only=kind is Kind.VIEW)
+        except BaseException:
+            self.undo_record(snapshot, undo)
+            raise
+        faults.point("prepare.prepared")
+        return snapshot
+
+    def record(
+        self,
+        key: str,
+        parent: Snapshot | None,
+        kind: Kind = Kind.ACTIVE,
+        also: Also | None = None,
+        *,
+        durable: bool = True,
+    ) -> Snapshot:
+        """Record an active snapshot or a view. Its storage is made by whoever asks for it first.
+
+        Raises as `prepare`.
+        """
+        self._require_room(0 if parent is None else len(self._chain(parent)))
         with self.db.transaction(durable=durable) as transaction:
             snapshot = snapshots.add(transaction, key, kind, parent)
             if also:
-                also(transaction, snapshot)
+                also(transaction, snapshot.id)
         faults.point("prepare.recorded")
-        try:
-            self.driver.prepare(snapshot, below, read_only=kind is Kind.VIEW)
-        except BaseException:
-            self.driver.remove(snapshot)
-            with self.db.transaction(durable=durable) as transaction:
-                if undo:
-                    undo(transaction, snapshot)
-                snapshots.forget(transaction, snapshot)
-            raise
-        faults.point("prepare.prepared")
-        return snapshots.by_id(self.db, snapshot)
+        return snapshot
+
+    def undo_record(self, snapshot: Snapshot, undo: Also | None = None) -> None:
+        """Take back `record`: the storage could not be made."""
+        self.driver.remove(snapshot.id)
+        with self.db.transaction(durable=False) as transaction:
+            if undo:
+                undo(transaction, snapshot.id)
+            snapshots.forget(transaction, snapshot.id)
 
     def mount(self, snapshot: Snapshot) -> Path:
         """The path of an active snapshot's or a view's root file system, mounted now if it was not."""
@@ -397,6 +412,11 @@ class Engine:
         applied = snapshots.applied_layer(self.db, snapshot.id)
         parents = snapshots.layers_below(self.db, snapshot.parent)
         return [applied, *parents] if applied is not None else parents
+
+    def handout(self, snapshot: Snapshot) -> MountSpec:
+        """What an engine is to mount to get an active snapshot's or a view's root file system."""
+        below = self.prepared(snapshot)
+        return self.driver.handout(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
 
     def unmount(self, snapshot: Snapshot) -> None:
         """Take the root file system away until the next `mount`.

@@ -16,14 +16,13 @@ transaction here and no heavy work (design trap 5).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from hpmapper import faults
-from hpmapper.drivers.base import Progress
+from hpmapper.drivers.base import MountSpec, Progress
 from hpmapper.engine import Engine, chain_id
 from hpmapper.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unsupported
 from hpmapper.layer.stream import Expected
@@ -59,14 +58,6 @@ class Info:
     created: int
     updated: int
     labels: Labels
-
-
-@dataclass(frozen=True, slots=True)
-class Root:
-    """Where a snapshot's root file system is mounted, and whether it may be written to."""
-
-    path: Path
-    read_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +114,18 @@ class Forest:
         snapshot = self.get(key)
         return Usage(0, 0) if snapshot.kind is Kind.VIEW else self.engine.usage(snapshot)
 
-    def mounts(self, key: str) -> Root:
-        """The root of an active snapshot or a view, mounted now if it is not (after a reboot).
+    def mounts(self, key: str) -> MountSpec:
+        """What is to be mounted to get at an active snapshot or a view; made now if it is not there (after a reboot).
 
         Raises:
             FailedPrecondition: it is committed.
         """
-        return self._mounted(self.get(key))
+        return self.engine.handout(self.get(key))
 
     # Growing.
 
-    def prepare(self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE) -> Root:
-        """Make an active snapshot or a view of `parent` ("": of nothing), and mount it.
+    def prepare(self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE) -> Snapshot:
+        """Record an active snapshot or a view of `parent` ("": of nothing); `first_mounts` makes its storage.
 
         Raises:
             AlreadyExists: the key is taken; or what was to be unpacked into it (`TARGET_LABEL`) is there already, and
@@ -149,13 +140,20 @@ class Forest:
             raise AlreadyExists(f"snapshot {labels[TARGET_LABEL]!r} is here already")
 
         def label(transaction: Transaction, snapshot: SnapshotId) -> None:
-            snapshots.set_labels(transaction, snapshot, labels)
+            snapshots.add_labels(transaction, snapshot, labels)
 
         try:
-            made = self.engine.prepare(inner, below, kind, also=label, durable=True, finish=False)
+            return self.engine.record(inner, below, kind, label)
         except AlreadyExists:
             raise AlreadyExists(f"snapshot {key!r} exists already") from None
-        return self._mounted(made)
+
+    def first_mounts(self, snapshot: Snapshot) -> MountSpec:
+        """What is to be mounted of a snapshot that was just recorded; it is taken back if that cannot be made."""
+        try:
+            return self.engine.handout(snapshot)
+        except BaseException:
+            self.engine.undo_record(snapshot)
+            raise
 
     def update(self, key: str, change: Callable[[Labels], Labels]) -> Info:
         """Let `change` make new labels of a snapshot's labels."""
@@ -204,6 +202,13 @@ class Forest:
         if self._watcher:
             self._watcher.committed(snapshots.by_id(self._db, active.id))
 
+    def is_quick_to_commit(self, key: str) -> bool:
+        """Whether a commit takes no more than its transaction: nothing is to be made durable first."""
+        found = snapshots.find(self._db, self._inner(key))
+        if found is None or found.kind is not Kind.ACTIVE or not self.engine.driver.has(found.id):
+            return True
+        return self.engine.driver.is_untouched(found.id)
+
     def _parent_at_commit(self, active: Snapshot, parent: str) -> Snapshot | None:
         below = snapshots.by_id(self._db, active.parent) if active.parent is not None else None
         if not parent:
@@ -242,8 +247,8 @@ class Forest:
         snapshots.forget_applied(transaction, active.id)
         if applied is not None and written is not None:
             hidden = snapshots.add(transaction, f"{_HIDDEN}{active.id}", Kind.ACTIVE, below)
-            snapshots.committed(transaction, hidden, f"{_HIDDEN}{active.id}", applied, below)
-            below = snapshots.by_id(transaction, hidden)
+            snapshots.committed(transaction, hidden.id, hidden.key, applied, below)
+            below = snapshots.by_id(transaction, hidden.id)
         layer = written if written is not None else applied
         assert layer is not None
         snapshots.committed(transaction, active.id, inner, layer, below)
@@ -279,10 +284,10 @@ class Forest:
     # The fast path.
 
     def at(self, path: Path) -> Snapshot | None:
-        """The owner's active snapshot or view whose root is mounted at `path`, if it is one of ours."""
+        """The owner's active snapshot or view whose root, or upper, is at `path`, if it is one of ours."""
         numbers = [part for part in path.parts if part.isascii() and part.isdigit()]
         snapshot = SnapshotId(int(numbers[-1])) if numbers else None
-        if snapshot is None or os.fspath(self.engine.driver.root(snapshot)) != os.fspath(path):
+        if snapshot is None or self.engine.driver.root(snapshot).parent != path.parent:
             return None
         try:
             found = snapshots.by_id(self._db, snapshot)
@@ -352,7 +357,10 @@ class Forest:
         return Applied(facts.diff_id, facts.tar_size, read=True)
 
     def _is_untouched(self, snapshot: Snapshot) -> bool:
-        return not self.engine.driver.has(snapshot.id) or next(self.engine.changes(snapshot), None) is None
+        driver = self.engine.driver
+        if not driver.has(snapshot.id) or driver.is_untouched(snapshot.id):
+            return True
+        return next(self.engine.changes(snapshot), None) is None
 
     def _take_known(self, snapshot: Snapshot, layer: SnapshotId) -> bool:
         """Let a layer that is here be what a snapshot holds; False: it has just gone."""
@@ -390,16 +398,12 @@ class Forest:
 
     def _commit_known(self, name: str, parent: Snapshot | None, layer: SnapshotId, labels: Labels) -> None:
         with self._db.transaction() as transaction:
-            inner = self._inner(name)
-            snapshot = snapshots.add(transaction, inner, Kind.ACTIVE, parent)
-            snapshots.committed(transaction, snapshot, inner, layer, parent)
-            snapshots.set_labels(transaction, snapshot, labels)
-            self._note_chain(transaction, snapshot, layer, parent)
+            snapshot = snapshots.add(transaction, self._inner(name), Kind.ACTIVE, parent)
+            snapshots.committed(transaction, snapshot.id, snapshot.key, layer, parent)
+            snapshots.set_labels(transaction, snapshot.id, labels)
+            self._note_chain(transaction, snapshot.id, layer, parent)
 
     # Names.
-
-    def _mounted(self, snapshot: Snapshot) -> Root:
-        return Root(self.engine.mount(snapshot), snapshot.kind is Kind.VIEW)
 
     def _inner(self, key: str) -> str:
         return self._prefix + key

@@ -11,18 +11,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from isal import isal_zlib
 
 from hpmapper.containerd.api import diff_pb2 as api
 from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
-from hpmapper.containerd.content import UNCOMPRESSED_LABEL, ContentStore, Metadata
-from hpmapper.errors import InvalidArgument, Unsupported
+from hpmapper.containerd.content import UNCOMPRESSED_LABEL, ContentStore
+from hpmapper.containerd.snapshots import parsed
+from hpmapper.errors import Unsupported
 from hpmapper.forest import DIFF_ID_LABEL, Forest
 from hpmapper.layer.stream import Expected, new_zstd_compressor
 from hpmapper.model import oci_digest
-from hpmapper.pipe import piped
+from hpmapper.pipe import piped, stoppable
+from hpmapper.rpc.server import Call, Method
+
+SERVICE = "containerd.services.diff.v1.Diff"
 
 OCI_TAR = "application/vnd.oci.image.layer.v1.tar"
 _OCI_LAYERS = {OCI_TAR, "application/vnd.oci.image.layer.nondistributable.v1.tar"}
@@ -50,15 +54,20 @@ _COMPRESSORS: dict[str, Callable[[], _Compressor] | None] = {
 
 
 class DiffService:
-    """containerd.services.diff.v1.Diff. `metadata` are the headers of the call."""
+    """containerd.services.diff.v1.Diff. Methods raise `HpmapperError`; the server makes codes of them."""
 
     def __init__(self, forest: Forest, content: ContentStore) -> None:
         self._forest = forest
         self._content = content
 
-    def apply(self, request: api.ApplyRequest, metadata: Metadata) -> api.ApplyResponse:
+    def methods(self) -> dict[str, Method]:
+        """The service's methods by path; none is quick."""
+        return {f"/{SERVICE}/Apply": Method(self._apply), f"/{SERVICE}/Diff": Method(self._diff)}
+
+    def _apply(self, call: Call) -> list[bytes]:
         """Read a layer into the active snapshot that is mounted where the request says."""
-        path = _one_bind(request.mounts)
+        request = parsed(api.ApplyRequest, call)
+        path = _place(request.mounts)
         snapshot = self._forest.at(path) if path else None
         if snapshot is None:
             raise Unsupported("these mounts are not hpmapper's")
@@ -68,16 +77,22 @@ class DiffService:
         self._content.require()
         labels = self._forest.labels(snapshot)
         expect = Expected(diff_id=labels.get(DIFF_ID_LABEL), digest=digest, size=request.diff.size or None)
-        applied = self._forest.apply(snapshot, lambda: self._content.open(digest, metadata), expect)
-        return api.ApplyResponse(applied=Descriptor(media_type=OCI_TAR, digest=applied.diff_id, size=applied.tar_size))
 
-    def diff(self, request: api.DiffRequest, metadata: Metadata) -> api.DiffResponse:
+        def blob() -> BinaryIO:
+            return stoppable(self._content.open(digest, call.metadata), call.cancelled)
+
+        applied = self._forest.apply(snapshot, blob, expect)
+        found = Descriptor(media_type=OCI_TAR, digest=applied.diff_id, size=applied.tar_size)
+        return [api.ApplyResponse(applied=found).SerializeToString()]
+
+    def _diff(self, call: Call) -> list[bytes]:
         """Write what one mounted snapshot changes of another into the content store, as a layer."""
+        request = parsed(api.DiffRequest, call)
         media_type = request.media_type or f"{OCI_TAR}+gzip"
         if media_type not in _COMPRESSORS or request.HasField("source_date_epoch"):
             raise Unsupported(f"a layer like this ({media_type[:100]!r}) is for containerd's own differ")
-        right = _one_bind(request.right)
-        left = _one_bind(request.left) if request.left else None
+        right = _place(request.right)
+        left = _place(request.left) if request.left else None
         if right is None or (request.left and left is None):
             raise Unsupported("these mounts are not hpmapper's")
         write = self._forest.differences(left, right)
@@ -91,8 +106,9 @@ class DiffService:
                 return {**labels, UNCOMPRESSED_LABEL: packed.diff_id()} if new else labels
 
             ref = request.ref or f"hpmapper-diff-{secrets.token_hex(8)}"
-            digest, size = self._content.write(ref, packed, labelled, metadata)
-        return api.DiffResponse(diff=Descriptor(media_type=media_type, digest=digest, size=size))
+            digest, size = self._content.write(ref, packed, labelled, call.metadata)
+        found = Descriptor(media_type=media_type, digest=digest, size=size)
+        return [api.DiffResponse(diff=found).SerializeToString()]
 
 
 class _Packed:
@@ -116,11 +132,14 @@ class _Packed:
             yield self._compressor.flush()
 
 
-def _one_bind(mounts: Iterable[Mount]) -> Path | None:
-    """The source of the one bind that a request is about; None: it is about something else."""
+def _place(mounts: Iterable[Mount]) -> Path | None:
+    """The root or the upper of the one mount that a request is about; None: it is about something else."""
     match list(mounts):
-        case [Mount(type="bind") as mount] if mount.source.startswith("/"):
-            return Path(mount.source)
-        case []:
-            raise InvalidArgument("the request names no mounts")
-    return None
+        case [Mount(type="bind") as mount]:
+            place = mount.source
+        case [Mount(type="overlay") as mount]:
+            options = dict(option.partition("=")[::2] for option in mount.options)
+            place = options.get("upperdir") or options.get("lowerdir", "").partition(":")[0]
+        case _:
+            return None
+    return Path(place) if place.startswith("/") else None

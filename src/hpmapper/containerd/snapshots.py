@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import TypeVar
 
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from hpmapper.containerd import filters
 from hpmapper.containerd.api import snapshots_pb2 as api
-from hpmapper.containerd.api.types_pb2 import Mount
+from hpmapper.drivers.base import MountSpec
 from hpmapper.errors import InvalidArgument
-from hpmapper.forest import Forest, Info, Labels, Root
+from hpmapper.forest import Forest, Info, Labels
 from hpmapper.model import Kind
+from hpmapper.rpc.server import After, Call, Later, Method
+
+SERVICE = "containerd.services.snapshots.v1.Snapshots"
+
+_Request = TypeVar("_Request", bound=Message)
+
+_EMPTY = [b""]
+_SECOND = 1_000_000_000
 
 _KINDS = {Kind.VIEW: api.Kind.VIEW, Kind.ACTIVE: api.Kind.ACTIVE, Kind.COMMITTED: api.Kind.COMMITTED}
 
@@ -29,59 +38,108 @@ class SnapshotService:
         """`cleanup` is what Cleanup asks for: to begin to free what was removed."""
         self._forest = forest
         self._cleanup = cleanup
+        self._slow_to_make = not forest.engine.driver.capabilities.mounts  # then a snapshot is a copy
 
-    def prepare(self, request: api.PrepareSnapshotRequest) -> api.PrepareSnapshotResponse:
-        root = self._forest.prepare(request.key, request.parent, dict(request.labels))
-        return api.PrepareSnapshotResponse(mounts=_mounts(root))
+    def methods(self) -> dict[str, Method]:
+        """The service's methods by path. Quick are those that take one transaction and no walk."""
+        quick: dict[str, Callable[[Call], list[bytes] | After]] = {
+            "Prepare": self._prepare,
+            "View": self._view,
+            "Mounts": self._mounts,
+            "Commit": self._commit,
+            "Remove": self._remove,
+            "Stat": self._stat,
+            "Update": self._update,
+            "Cleanup": self._clean_up,
+        }
+        slow = {"List": self._list, "Usage": self._usage}
+        found = {f"/{SERVICE}/{name}": Method(call, quick=True) for name, call in quick.items()}
+        return found | {f"/{SERVICE}/{name}": Method(call) for name, call in slow.items()}
 
-    def view(self, request: api.ViewSnapshotRequest) -> api.ViewSnapshotResponse:
-        root = self._forest.prepare(request.key, request.parent, dict(request.labels), Kind.VIEW)
-        return api.ViewSnapshotResponse(mounts=_mounts(root))
+    def _prepare(self, call: Call) -> After:
+        request = parsed(api.PrepareSnapshotRequest, call)
+        made = self._forest.prepare(request.key, request.parent, request.labels)
+        return After(
+            lambda: [_mounts(api.PrepareSnapshotResponse(), self._forest.first_mounts(made))], self._slow_to_make
+        )
 
-    def mounts(self, request: api.MountsRequest) -> api.MountsResponse:
-        return api.MountsResponse(mounts=_mounts(self._forest.mounts(request.key)))
+    def _view(self, call: Call) -> After:
+        request = parsed(api.ViewSnapshotRequest, call)
+        made = self._forest.prepare(request.key, request.parent, request.labels, Kind.VIEW)
+        return After(lambda: [_mounts(api.ViewSnapshotResponse(), self._forest.first_mounts(made))], self._slow_to_make)
 
-    def commit(self, request: api.CommitSnapshotRequest) -> Empty:
-        self._forest.commit(request.name, request.key, dict(request.labels), request.parent)
-        return Empty()
+    def _mounts(self, call: Call) -> After:
+        key = parsed(api.MountsRequest, call).key
+        return After(lambda: [_mounts(api.MountsResponse(), self._forest.mounts(key))], self._slow_to_make)
 
-    def remove(self, request: api.RemoveSnapshotRequest) -> Empty:
-        self._forest.remove(request.key)
-        return Empty()
+    def _commit(self, call: Call) -> list[bytes]:
+        request = parsed(api.CommitSnapshotRequest, call)
+        if call.quick and not self._forest.is_quick_to_commit(request.key):
+            raise Later
+        self._forest.commit(request.name, request.key, request.labels, request.parent)
+        return _EMPTY
 
-    def stat(self, request: api.StatSnapshotRequest) -> api.StatSnapshotResponse:
-        return api.StatSnapshotResponse(info=_info(self._forest.stat(request.key)))
+    def _remove(self, call: Call) -> list[bytes]:
+        self._forest.remove(parsed(api.RemoveSnapshotRequest, call).key)
+        return _EMPTY
 
-    def update(self, request: api.UpdateSnapshotRequest) -> api.UpdateSnapshotResponse:
-        change = _label_change(request.update_mask, dict(request.info.labels))
-        return api.UpdateSnapshotResponse(info=_info(self._forest.update(request.info.name, change)))
+    def _stat(self, call: Call) -> list[bytes]:
+        info = self._forest.stat(parsed(api.StatSnapshotRequest, call).key)
+        return [api.StatSnapshotResponse(info=_info(info)).SerializeToString()]
 
-    def list(self, request: api.ListSnapshotsRequest) -> Iterator[api.ListSnapshotsResponse]:
-        wanted = filters.parse(request.filters)
+    def _update(self, call: Call) -> list[bytes]:
+        request = parsed(api.UpdateSnapshotRequest, call)
+        change = _label_change(request.update_mask, request.info.labels)
+        info = self._forest.update(request.info.name, change)
+        return [api.UpdateSnapshotResponse(info=_info(info)).SerializeToString()]
+
+    def _list(self, call: Call) -> Iterator[bytes]:
+        wanted = filters.parse(parsed(api.ListSnapshotsRequest, call).filters)
         found = (_info(info) for info in self._forest.walk() if wanted(info))
         while block := list(islice(found, _BLOCK)):
-            yield api.ListSnapshotsResponse(info=block)
+            yield api.ListSnapshotsResponse(info=block).SerializeToString()
 
-    def usage(self, request: api.UsageRequest) -> api.UsageResponse:
-        usage = self._forest.usage(request.key)
-        return api.UsageResponse(size=usage.size, inodes=usage.inodes)
+    def _usage(self, call: Call) -> list[bytes]:
+        usage = self._forest.usage(parsed(api.UsageRequest, call).key)
+        return [api.UsageResponse(size=usage.size, inodes=usage.inodes).SerializeToString()]
 
-    def cleanup(self, request: api.CleanupRequest) -> Empty:
+    def _clean_up(self, call: Call) -> list[bytes]:
         self._cleanup()
-        return Empty()
+        return _EMPTY
 
 
-def _mounts(root: Root) -> list[Mount]:
-    """One bind of the root that is mounted already: nobody outside may see what it is made of (design trap 1)."""
-    options = ["rbind", "ro" if root.read_only else "rw"]
-    return [Mount(type="bind", source=os.fspath(root.path), options=options)]
+def parsed(kind: type[_Request], call: Call) -> _Request:
+    """A call's message.
+
+    Raises:
+        InvalidArgument: it is no such message.
+    """
+    message = kind()
+    try:
+        message.ParseFromString(call.message)
+    except DecodeError:
+        raise InvalidArgument(f"the message is no {kind.__name__}") from None
+    return message
+
+
+_Answer = api.PrepareSnapshotResponse | api.ViewSnapshotResponse | api.MountsResponse
+
+
+def _mounts(answer: _Answer, spec: MountSpec) -> bytes:
+    answer.mounts.add(type=spec.type, source=spec.source, options=spec.options)
+    return answer.SerializeToString()
 
 
 def _info(info: Info) -> api.Info:
-    message = api.Info(name=info.key, parent=info.parent, kind=_KINDS[info.kind], labels=info.labels)
-    message.created_at.FromNanoseconds(info.created)
-    message.updated_at.FromNanoseconds(info.updated)
-    return message
+    created, updated = divmod(info.created, _SECOND), divmod(info.updated, _SECOND)
+    return api.Info(
+        name=info.key,
+        parent=info.parent,
+        kind=_KINDS[info.kind],
+        created_at=Timestamp(seconds=created[0], nanos=created[1]),
+        updated_at=Timestamp(seconds=updated[0], nanos=updated[1]),
+        labels=info.labels,
+    )
 
 
 def _label_change(mask: FieldMask, new: Labels) -> Callable[[Labels], Labels]:

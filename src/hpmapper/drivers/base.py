@@ -42,6 +42,7 @@ Promises
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -126,6 +127,19 @@ class Stored:
     objects: set[ObjectDigest] = field(default_factory=set)
 
 
+class MountSpec(NamedTuple):
+    """A mount for somebody else to make: mount(8)'s type, source and options."""
+
+    type: str
+    source: str
+    options: list[str]
+
+
+def bind_spec(path: Path, *, read_only: bool) -> MountSpec:
+    """A bind of a root that is there already."""
+    return MountSpec("bind", os.fspath(path), ["rbind", "ro" if read_only else "rw"])
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Something wrong with something."""
@@ -206,6 +220,13 @@ class Driver(Protocol):
 
     def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
         """Make the merged root appear and return its path; does nothing but answer when it is there already."""
+
+    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+        """What an engine is to mount to get the root: a bind of what `mount` made, unless the layers are plain enough
+        for anybody to see (design trap 1)."""
+
+    def is_untouched(self, snapshot: SnapshotId) -> bool:
+        """Whether it is plain at once that nothing was written to a snapshot; False where that takes a search."""
 
     def unmount(self, snapshot: SnapshotId) -> None:
         """Make it disappear again; does nothing when it is not there.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Progress
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, bind_spec
 from hpmapper.drivers.upper import Stack, UpperDriver
 from hpmapper.layer.build import Below
 from hpmapper.layer.merged import Later, Merged
@@ -60,6 +60,17 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
     def remove_layer(self, layer: SnapshotId) -> None:
         super().remove_layer(layer)
         self._remove_sealed(layer)
+
+    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+        """The overlay itself: its layers are directories as any engine's own, so there is nothing to hide."""
+        top = f"{self.home}/a/{snapshot}"
+        lowers = [self._tree(layer) for layer in chain]
+        if not lowers:
+            return bind_spec(Path(f"{top}/u"), read_only=read_only)
+        if read_only:
+            return MountSpec("overlay", "overlay", ["index=off", f"lowerdir={':'.join([f'{top}/u', *lowers])}"])
+        layers = [f"workdir={top}/w", f"upperdir={top}/u", f"lowerdir={':'.join(lowers)}"]
+        return MountSpec("overlay", "overlay", ["index=off", *layers])
 
     def _stack(self, chain: Chain) -> Stack:
         return Stack([self._tree(layer) for layer in chain])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults
-from hpmapper.drivers.base import Chain, ChainBelow, Stored
+from hpmapper.drivers.base import Chain, ChainBelow, MountSpec, Stored, bind_spec
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import fiemap, lock, mount, mountinfo, sync
 from hpmapper.layer.build import IMPLIED_ROOT, Below
@@ -102,13 +102,20 @@ class UpperDriver:
     def root(self, snapshot: SnapshotId) -> Path:
         return self._snapshot(snapshot) / "m"
 
+    def is_untouched(self, snapshot: SnapshotId) -> bool:
+        with os.scandir(f"{self.home}/a/{snapshot}/u") as entries:
+            return next(entries, None) is None
+
     def seal(self, snapshot: SnapshotId) -> bool:
         top = f"{self.home}/a/{snapshot}"
         if _has_metadata_copies(top):
             return False
-        if os.listdir(f"{top}/u"):  # else only its root's attributes would be lost, which prepare gives it
+        if not self.is_untouched(snapshot):  # else only its root's attributes could be lost, which prepare gives it
             sync.syncfs(top)
         return True
+
+    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+        return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
 
     def _sealed(self, layer: SnapshotId) -> Path:
         """Where a layer is that is a sealed snapshot."""

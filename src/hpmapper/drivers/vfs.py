@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from hpmapper import faults
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Progress, Stored
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, Stored, bind_spec
 from hpmapper.drivers.upper import disk_usage, numbers
 from hpmapper.kernel import sync
 from hpmapper.layer.build import Below, Nothing
@@ -90,6 +90,12 @@ class VfsDriver(directory.DirectoryLayers):
 
     def root(self, snapshot: SnapshotId) -> Path:
         return self._snapshot(snapshot) / "m"
+
+    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+        return bind_spec(self.root(snapshot), read_only=read_only)
+
+    def is_untouched(self, snapshot: SnapshotId) -> bool:
+        return False
 
     def seal(self, snapshot: SnapshotId) -> bool:
         sync.syncfs(self._snapshot(snapshot))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,44 @@ class Database:
         """
         with translated(self.path):
             connection = self._connection()
-            with self._writer:
-                if self._local.durable is not durable:
-                    connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                    self._local.durable = durable
-                connection.execute("BEGIN IMMEDIATE")
-                try:
+            if self._local.batch is not None:
+                self._local.batch.enter_context(self._transaction(connection, durable=True))
+                with _savepoint(connection):
                     yield connection
-                except BaseException:
-                    connection.execute("ROLLBACK")
-                    raise
-                connection.execute("COMMIT")
+                return
+            with self._transaction(connection, durable=durable):
+                yield connection
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Let this thread's transactions in the body be parts of one, which is durable when this returns.
+
+        Each can still fail by itself. Should the whole fail, none has happened.
+        """
+        self._connection()
+        with ExitStack() as stack:
+            self._local.batch = stack
+            try:
+                yield
+            finally:
+                self._local.batch = None
+
+    @contextmanager
+    def _transaction(self, connection: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
+        if connection.in_transaction:
+            yield  # the batch's, which is open already
+            return
+        with self._writer:
+            if self._local.durable is not durable:
+                connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._local.durable = durable
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
 
     def rows(self, sql: str, *values: object) -> list[Any]:
         """The rows of a query, as `sqlite3.Row`."""
@@ -105,6 +132,7 @@ class Database:
             connection.execute("PRAGMA foreign_keys = ON")
             self._local.connection = connection
             self._local.durable = None
+            self._local.batch = None
             self._connections.append(connection)
         return connection
 
@@ -125,6 +153,18 @@ class Database:
                 for statement in _statements(script):
                     db.execute(statement)
             db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+@contextmanager
+def _savepoint(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("SAVEPOINT part")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK TO part")
+        connection.execute("RELEASE part")
+        raise
+    connection.execute("RELEASE part")
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,25 +169,26 @@ def users_of_diff_id(db: Source, diff_id: str) -> list[Snapshot]:
 
 def begin(db: Transaction, key: str, kind: Kind, parent: Snapshot | None, owner: str) -> SnapshotId:
     """Record the intent to make a snapshot; raises as `add`."""
-    return _insert(db, key, kind, parent, "creating", owner)
+    return _insert(db, key, kind, parent, "creating", owner, time.time_ns())
 
 
-def add(db: Transaction, key: str, kind: Kind, parent: Snapshot | None) -> SnapshotId:
+def add(db: Transaction, key: str, kind: Kind, parent: Snapshot | None) -> Snapshot:
     """Record an active snapshot or a view. Its storage need not be there: it is made when first asked for.
 
     Raises:
         AlreadyExists: the key is taken.
         InvalidArgument: the parent is not committed. NotFound: it is gone.
     """
-    return _insert(db, key, kind, parent, "ready", None)
+    now = time.time_ns()
+    number = _insert(db, key, kind, parent, "ready", None, now)
+    return Snapshot(number, key, kind, parent.id if parent else None, None, now, now)
 
 
 def _insert(
-    db: Transaction, key: str, kind: Kind, parent: Snapshot | None, state: str, owner: str | None
+    db: Transaction, key: str, kind: Kind, parent: Snapshot | None, state: str, owner: str | None, now: int
 ) -> SnapshotId:
     if parent is not None and parent.kind is not Kind.COMMITTED:
         raise InvalidArgument(f"parent {parent.key!r} is not committed")
-    now = time.time_ns()
     try:
         cursor = db.execute(
             "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -393,11 +394,13 @@ def labels(db: Source, snapshot: SnapshotId) -> dict[str, str]:
 def set_labels(db: Transaction, snapshot: SnapshotId, new: Mapping[str, str]) -> None:
     """Replace a snapshot's labels."""
     db.execute("DELETE FROM label WHERE snapshot = ?", (snapshot,))
-    _insert_labels(db, snapshot, new.items())
+    add_labels(db, snapshot, new)
 
 
-def _insert_labels(db: Transaction, snapshot: SnapshotId, items: Iterable[tuple[str, str]]) -> None:
-    db.executemany("INSERT INTO label VALUES (?, ?, ?)", ((snapshot, name, value) for name, value in items))
+def add_labels(db: Transaction, snapshot: SnapshotId, new: Mapping[str, str]) -> None:
+    """Give labels to a snapshot that has none of them."""
+    if new:
+        db.executemany("INSERT INTO label VALUES (?, ?, ?)", ((snapshot, *item) for item in new.items()))
 
 
 # What front ends add.
