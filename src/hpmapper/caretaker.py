@@ -31,6 +31,9 @@ _QUIET_SECONDS = 0.3
 _IDLE_SECONDS = 5.0
 """After the last commit: reading layers then disturbs nobody's unpacking."""
 
+_GATHER_SECONDS = 0.25
+"""Between two rounds of freeing what was removed: many at once cost one transaction."""
+
 _RETRY_SECONDS = 30.0
 """What is in use is tried again after that time."""
 
@@ -44,9 +47,11 @@ class Caretaker:
         self._wake = threading.Condition()
         self._stopping = False
         self._retry_at = math.inf
+        self._freed_at = -math.inf
         self._removed = True  # a daemon before this one may have left some
         self._collect = True
-        self._tops: dict[SnapshotId, Snapshot] = {}  # committed, and perhaps the last layer of an image
+        self._tops: set[SnapshotId] = set()  # committed, and perhaps the last layer of an image
+        self._written: set[SnapshotId] = set()  # committed, and perhaps still mounted
         self._last_commit = time.monotonic()
         self._hopeless: set[SnapshotId] = set()  # sealed layers that cannot be ingested, or are not worth another try
         self._sealed = not engine.driver.capabilities.keeps_sealed
@@ -63,25 +68,24 @@ class Caretaker:
             self._wake.notify()
         self._thread.join()
 
-    def committed(self, snapshot: Snapshot) -> None:
-        """A snapshot was committed."""
-        self._changed(snapshot, committed=True)
+    def committed(self, snapshot: Snapshot, parent: Snapshot | None) -> None:
+        """A snapshot was committed on that parent."""
+        with self._wake:
+            self._tops.add(snapshot.id)
+            self._written.add(snapshot.id)
+            if parent is not None:
+                self._tops.discard(parent.id)
+            self._last_commit = time.monotonic()
+            self._sealed = not self._engine.driver.capabilities.keeps_sealed
+            self._wake.notify()
 
     def removed(self, snapshot: Snapshot) -> None:
         """A snapshot was marked as removed."""
-        self._changed(snapshot, committed=False)
-
-    def _changed(self, snapshot: Snapshot, *, committed: bool) -> None:
         with self._wake:
-            if committed:
-                self._tops[snapshot.id] = snapshot
-                self._last_commit = time.monotonic()
-                self._sealed = not self._engine.driver.capabilities.keeps_sealed
-                if snapshot.parent is not None:
-                    self._tops.pop(snapshot.parent, None)
-            else:
+            self._tops.discard(snapshot.id)
+            if not self._removed:
                 self._removed = True
-            self._wake.notify()
+                self._wake.notify()
 
     def clean_up(self) -> None:
         """Collect what nobody has any more, soon."""
@@ -113,13 +117,15 @@ class Caretaker:
             if self._stopping:
                 return None, 0
             quiet = time.monotonic() - self._last_commit
-            if self._removed or time.monotonic() >= self._retry_at:
-                self._removed, self._retry_at = False, math.inf
+            now = time.monotonic()
+            if self._removed or now >= self._retry_at:
+                if now < self._freed_at + _GATHER_SECONDS:
+                    return None, self._freed_at + _GATHER_SECONDS - now
+                self._removed, self._retry_at, self._freed_at = False, math.inf, now
                 return self._free, 0
             if self._tops:
                 if quiet >= _QUIET_SECONDS:
-                    tops, self._tops = self._tops, {}
-                    return lambda: self._finish(tops), 0
+                    return self._finish, 0
                 return None, _QUIET_SECONDS - quiet
             if self._collect:
                 self._collect = False
@@ -134,20 +140,20 @@ class Caretaker:
         if not self._engine.free_removed():
             self._retry_at = time.monotonic() + _RETRY_SECONDS
 
-    def _finish(self, tops: dict[SnapshotId, Snapshot]) -> None:
-        for top in tops.values():
-            self._settle(top)
+    def _finish(self) -> None:
+        """Take away the mounts in which layers were written, and make the images on top of them ready."""
+        with self._wake:
+            tops, self._tops, written, self._written = self._tops, set(), self._written, set()
+        for snapshot in written:
             try:
-                self._engine.finish(top)
+                self._engine.driver.unmount(snapshot)
+            except FailedPrecondition:
+                log.info("snapshot %s is still mounted", snapshot)
+        for snapshot in tops:
+            try:
+                self._engine.finish(snapshots.by_id(self._engine.db, snapshot))
             except HpmapperError as error:
-                log.warning("the image of snapshot %s is not made ready: %s", top.key, error)
-
-    def _settle(self, committed: Snapshot) -> None:
-        """Take away the mount in which a committed snapshot was written."""
-        try:
-            self._engine.driver.unmount(committed.id)
-        except FailedPrecondition:
-            log.info("snapshot %s is still mounted", committed.key)
+                log.warning("the image of snapshot %s is not made ready: %s", snapshot, error)
 
     def _ingest_sealed(self) -> None:
         waiting = [one for one in snapshots.sealed_layers(self._engine.db) if one not in self._hopeless]

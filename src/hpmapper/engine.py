@@ -70,6 +70,13 @@ class Collected:
     waiting: bool
 
 
+class Recorded(NamedTuple):
+    """A snapshot that is recorded, and the layers below it, nearest first."""
+
+    snapshot: Snapshot
+    below: list[SnapshotId]
+
+
 class Blob(NamedTuple):
     """A layer on offer: what it is promised to be, how its compressed bytes are read, who is told of them."""
 
@@ -353,17 +360,10 @@ class Engine:
         Raises:
             AlreadyExists: the key is taken. InvalidArgument: the parent is not committed. NoSpace: no room.
         """
-        below = self._chain(parent)
-        self.driver.finish(below, {})
         # Not durable: power loss may take back a container that nobody can have written to for long.
-        snapshot = self.record(key, parent, kind, also, durable=False)
-        try:
-            self.driver.prepare(snapshot.id, below, read_only=kind is Kind.VIEW)
-        except BaseException:
-            self.undo_record(snapshot, undo)
-            raise
-        faults.point("prepare.prepared")
-        return snapshot
+        recorded = self.record(key, parent, kind, also, durable=False)
+        self.make(recorded, undo)
+        return recorded.snapshot
 
     def record(
         self,
@@ -373,21 +373,36 @@ class Engine:
         also: Also | None = None,
         *,
         durable: bool = True,
-    ) -> Snapshot:
-        """Record an active snapshot or a view. Its storage is made by whoever asks for it first.
+    ) -> Recorded:
+        """Record an active snapshot or a view. Its storage is made by `make`, or else by whoever asks for it first.
 
         Raises as `prepare`.
         """
-        self._require_room(0 if parent is None else len(self._chain(parent)))
+        below = self._chain(parent)
+        self._require_room(len(below))
         with self.db.transaction(durable=durable) as transaction:
             snapshot = snapshots.add(transaction, key, kind, parent)
             if also:
                 also(transaction, snapshot.id)
         faults.point("prepare.recorded")
-        return snapshot
+        return Recorded(snapshot, below)
 
-    def undo_record(self, snapshot: Snapshot, undo: Also | None = None) -> None:
-        """Take back `record`: the storage could not be made."""
+    def make(self, recorded: Recorded, undo: Also | None = None, *, finish: bool = True) -> None:
+        """Make a recorded snapshot's storage, or take back the record.
+
+        Without `finish` it does not wait for the image to be made ready for quick starts.
+        """
+        snapshot, below = recorded
+        try:
+            if finish:
+                self.driver.finish(below, {})
+            self.driver.prepare(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
+        except BaseException:
+            self._undo_record(snapshot, undo)
+            raise
+        faults.point("prepare.prepared")
+
+    def _undo_record(self, snapshot: Snapshot, undo: Also | None) -> None:
         self.driver.remove(snapshot.id)
         with self.db.transaction(durable=False) as transaction:
             if undo:
@@ -409,13 +424,16 @@ class Engine:
 
     def below(self, snapshot: Snapshot) -> list[SnapshotId]:
         """The layers below an active snapshot's or a view's own storage, nearest first."""
-        applied = snapshots.applied_layer(self.db, snapshot.id)
         parents = snapshots.layers_below(self.db, snapshot.parent)
-        return [applied, *parents] if applied is not None else parents
+        return parents if snapshot.applied is None else [snapshot.applied, *parents]
 
-    def handout(self, snapshot: Snapshot) -> MountSpec:
-        """What an engine is to mount to get an active snapshot's or a view's root file system."""
-        below = self.prepared(snapshot)
+    def handout(self, snapshot: Snapshot, below: list[SnapshotId] | None = None) -> MountSpec:
+        """What an engine is to mount to get an active snapshot's or a view's root file system.
+
+        `below`: the layers below it, if its storage is known to be there.
+        """
+        if below is None:
+            below = self.prepared(snapshot)
         return self.driver.handout(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
 
     def unmount(self, snapshot: Snapshot) -> None:

@@ -23,8 +23,15 @@ from typing import BinaryIO, Protocol
 
 from hpmapper import faults
 from hpmapper.drivers.base import MountSpec, Progress
-from hpmapper.engine import Engine, chain_id
-from hpmapper.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unsupported
+from hpmapper.engine import Engine, Recorded, chain_id
+from hpmapper.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    HpmapperError,
+    InvalidArgument,
+    NotFound,
+    Unsupported,
+)
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Layer, Snapshot, Transaction
@@ -72,7 +79,7 @@ class Applied:
 class Watcher(Protocol):
     """Whoever does the work that a forest leaves for later."""
 
-    def committed(self, snapshot: Snapshot) -> None: ...
+    def committed(self, snapshot: Snapshot, parent: Snapshot | None) -> None: ...
     def removed(self, snapshot: Snapshot) -> None: ...
 
 
@@ -124,7 +131,7 @@ class Forest:
 
     # Growing.
 
-    def prepare(self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE) -> Snapshot:
+    def prepare(self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE) -> Recorded:
         """Record an active snapshot or a view of `parent` ("": of nothing); `first_mounts` makes its storage.
 
         Raises:
@@ -147,13 +154,10 @@ class Forest:
         except AlreadyExists:
             raise AlreadyExists(f"snapshot {key!r} exists already") from None
 
-    def first_mounts(self, snapshot: Snapshot) -> MountSpec:
+    def first_mounts(self, recorded: Recorded) -> MountSpec:
         """What is to be mounted of a snapshot that was just recorded; it is taken back if that cannot be made."""
-        try:
-            return self.engine.handout(snapshot)
-        except BaseException:
-            self.engine.undo_record(snapshot)
-            raise
+        self.engine.make(recorded, finish=False)
+        return self.engine.handout(*recorded)
 
     def update(self, key: str, change: Callable[[Labels], Labels]) -> Info:
         """Let `change` make new labels of a snapshot's labels."""
@@ -167,10 +171,11 @@ class Forest:
             snapshots.touch(transaction, found.id)
         return self.stat(key)
 
-    def commit(self, name: str, key: str, labels: Labels, parent: str = "") -> None:
+    def commit(self, name: str, key: str, labels: Labels, parent: str = "", *, quick: bool = False) -> bool:
         """Make a committed snapshot of an active one, under a name; what was written or applied is its layer.
 
-        `parent`: stand on this one, if the active snapshot stood on none (containerd's "rebase").
+        `parent`: stand on this one, if the active snapshot stood on none (containerd's "rebase"). With `quick` nothing
+        happens, and the answer is False, if something has to be made durable first.
 
         Raises:
             AlreadyExists: the name is taken. NotFound: there is no such key or parent.
@@ -178,36 +183,54 @@ class Forest:
         """
         inner = self._checked(name)
         _check_labels(labels)
-        if snapshots.find(self._db, inner):
-            raise AlreadyExists(f"snapshot {name!r} exists already")
-        active = self.get(key)
-        if active.kind is not Kind.ACTIVE:
-            raise FailedPrecondition(f"snapshot {key!r} is not active but {active.kind}")
+        active = snapshots.find(self._db, self._inner(key))
+        if active is None or active.kind is not Kind.ACTIVE:
+            raise self._not_committable(name, key, active)
         below = self._parent_at_commit(active, parent)
 
         def settle(transaction: Transaction, written: SnapshotId | None) -> None:
             self._settle(transaction, active, inner, below, written)
             snapshots.set_labels(transaction, active.id, labels)
 
-        if not self._is_written(active):
-            with self._db.transaction() as transaction:
-                settle(transaction, None)
-        elif self.engine.driver.seal(active.id):
-            with self._db.transaction() as transaction:
-                snapshots.add_layer(transaction, _sealed_layer(active.id), {})
-                settle(transaction, active.id)
+        if active.applied is None:
+            self.engine.prepared(active)
+        if self._is_surely_untouched(active):
+            self._commit_clean(active, settle)
+        elif quick:
+            return False
+        elif active.applied is not None and self._is_untouched(active):
+            self._commit_clean(active, settle)
         else:
-            self.engine.ingest_written(active, settle)
+            self._commit_written(active, settle)
         faults.point("forest.committed")
         if self._watcher:
-            self._watcher.committed(snapshots.by_id(self._db, active.id))
+            self._watcher.committed(active, below)
+        return True
 
-    def is_quick_to_commit(self, key: str) -> bool:
-        """Whether a commit takes no more than its transaction: nothing is to be made durable first."""
-        found = snapshots.find(self._db, self._inner(key))
-        if found is None or found.kind is not Kind.ACTIVE or not self.engine.driver.has(found.id):
-            return True
-        return self.engine.driver.is_untouched(found.id)
+    def _not_committable(self, name: str, key: str, active: Snapshot | None) -> HpmapperError:
+        if snapshots.find(self._db, self._inner(name)):
+            return AlreadyExists(f"snapshot {name!r} exists already")
+        if active is None:
+            return NotFound(f"snapshot {key!r} does not exist")
+        return FailedPrecondition(f"snapshot {key!r} is not active but {active.kind}")
+
+    def _commit_written(self, active: Snapshot, settle: Callable[[Transaction, SnapshotId | None], None]) -> None:
+        """What was written becomes a layer, as it lies there if it can."""
+        if not self.engine.driver.seal(active.id):
+            self.engine.ingest_written(active, settle)
+            return
+        with self._db.transaction() as transaction:
+            snapshots.add_layer(transaction, _sealed_layer(active.id), {})
+            settle(transaction, active.id)
+
+    def _commit_clean(self, active: Snapshot, settle: Callable[[Transaction, SnapshotId | None], None]) -> None:
+        """Nothing was written: what was applied is the layer, or an empty one that needs no making durable."""
+        with self._db.transaction() as transaction:
+            if active.applied is None:
+                snapshots.add_layer(transaction, _sealed_layer(active.id), {})
+                settle(transaction, active.id)
+            else:
+                settle(transaction, None)
 
     def _parent_at_commit(self, active: Snapshot, parent: str) -> Snapshot | None:
         below = snapshots.by_id(self._db, active.parent) if active.parent is not None else None
@@ -219,20 +242,12 @@ class Forest:
         if wanted.kind is not Kind.COMMITTED:
             raise FailedPrecondition(f"parent {parent!r} is not committed")
         if below is None:
-            layer = snapshots.applied_layer(self._db, active.id)
-            if layer is None or snapshots.layer(self._db, layer).bound:
+            if active.applied is None or snapshots.layer(self._db, active.applied).bound:
                 raise FailedPrecondition(
                     f"the layer cannot be moved onto {parent!r}: it was read without what lies below it",
                     hint="prepare it on its parent; containerd does without the capability rebase",
                 )
         return wanted
-
-    def _is_written(self, active: Snapshot) -> bool:
-        """Whether an active snapshot's own storage is, or is part of, what it holds."""
-        if snapshots.applied_layer(self._db, active.id) is None:
-            self.engine.prepared(active)
-            return True
-        return not self._is_untouched(active)
 
     def _settle(
         self,
@@ -243,8 +258,9 @@ class Forest:
         written: SnapshotId | None,
     ) -> None:
         """Commit an active snapshot: what was applied, what was written, or, with a snapshot that none sees, both."""
-        applied = snapshots.applied_layer(transaction, active.id)
-        snapshots.forget_applied(transaction, active.id)
+        applied = active.applied
+        if applied is not None:
+            snapshots.forget_applied(transaction, active.id)
         if applied is not None and written is not None:
             hidden = snapshots.add(transaction, f"{_HIDDEN}{active.id}", Kind.ACTIVE, below)
             snapshots.committed(transaction, hidden.id, hidden.key, applied, below)
@@ -252,7 +268,8 @@ class Forest:
         layer = written if written is not None else applied
         assert layer is not None
         snapshots.committed(transaction, active.id, inner, layer, below)
-        self._note_chain(transaction, active.id, layer, below)
+        if layer != active.id:  # what lies as it was written has no digest
+            self._note_chain(transaction, active.id, layer, below)
 
     def _note_chain(
         self, transaction: Transaction, snapshot: SnapshotId, layer: SnapshotId, below: Snapshot | None
@@ -273,8 +290,10 @@ class Forest:
         try:
             with self._db.transaction() as transaction:
                 snapshots.begin_removal(transaction, snapshot, None)
-                snapshots.forget_applied(transaction, snapshot.id)
-                snapshots.forget_hidden(transaction, f"{_HIDDEN}{snapshot.id}")
+                if snapshot.kind is Kind.COMMITTED:
+                    snapshots.forget_hidden(transaction, f"{_HIDDEN}{snapshot.id}")
+                elif snapshot.applied is not None:
+                    snapshots.forget_applied(transaction, snapshot.id)
         except FailedPrecondition as error:
             raise FailedPrecondition(error.message.replace(self._prefix, "")) from None
         faults.point("forest.removed")
@@ -314,7 +333,7 @@ class Forest:
         if new is None or (left and old is None) or (old and not self._is_bare(old)):
             raise Unsupported("these mounts are not hpmapper's, or not one on top of the other")
         base = old.parent if old else None
-        if new.kind is Kind.ACTIVE and new.parent == base and not snapshots.applied_layer(self._db, new.id):
+        if new.kind is Kind.ACTIVE and new.parent == base and new.applied is None:
             below = self.engine.prepared(new)
             return lambda out: self.engine.driver.write_diff(new.id, below, out)
         top = snapshots.by_id(self._db, new.parent) if new.parent is not None else None
@@ -327,7 +346,7 @@ class Forest:
 
     def _is_bare(self, snapshot: Snapshot) -> bool:
         """Whether a snapshot shows its parent and nothing else."""
-        return snapshots.applied_layer(self._db, snapshot.id) is None and self._is_untouched(snapshot)
+        return snapshot.applied is None and self._is_untouched(snapshot)
 
     def apply(
         self, snapshot: Snapshot, open_blob: Callable[[], BinaryIO], expect: Expected, progress: Progress | None = None
@@ -341,7 +360,7 @@ class Forest:
         if snapshot.kind is not Kind.ACTIVE or not self._is_bare(snapshot):
             raise Unsupported(f"snapshot {self._outer(snapshot.key)!r} is a view, or was written to before")
         self.engine.ingest_sealed(snapshot)
-        below = self.engine.below(snapshot)
+        below = snapshots.layers_below(self._db, snapshot.parent)
         known = snapshots.known_blob(self._db, expect.digest) if expect.digest else None
         if known:
             layer = self.engine.layer_for(known[0], below)
@@ -356,11 +375,12 @@ class Forest:
         self._drop_storage(snapshot)
         return Applied(facts.diff_id, facts.tar_size, read=True)
 
-    def _is_untouched(self, snapshot: Snapshot) -> bool:
+    def _is_surely_untouched(self, snapshot: Snapshot) -> bool:
         driver = self.engine.driver
-        if not driver.has(snapshot.id) or driver.is_untouched(snapshot.id):
-            return True
-        return next(self.engine.changes(snapshot), None) is None
+        return not driver.has(snapshot.id) or driver.is_untouched(snapshot.id)
+
+    def _is_untouched(self, snapshot: Snapshot) -> bool:
+        return self._is_surely_untouched(snapshot) or next(self.engine.changes(snapshot), None) is None
 
     def _take_known(self, snapshot: Snapshot, layer: SnapshotId) -> bool:
         """Let a layer that is here be what a snapshot holds; False: it has just gone."""

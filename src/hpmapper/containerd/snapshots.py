@@ -74,9 +74,8 @@ class SnapshotService:
 
     def _commit(self, call: Call) -> list[bytes]:
         request = parsed(api.CommitSnapshotRequest, call)
-        if call.quick and not self._forest.is_quick_to_commit(request.key):
+        if not self._forest.commit(request.name, request.key, request.labels, request.parent, quick=call.quick):
             raise Later
-        self._forest.commit(request.name, request.key, request.labels, request.parent)
         return _EMPTY
 
     def _remove(self, call: Call) -> list[bytes]:

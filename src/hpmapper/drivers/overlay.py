@@ -37,6 +37,10 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         mounts=True,
     )
 
+    def __init__(self, home: Path) -> None:
+        super().__init__(home)
+        self._trees: dict[SnapshotId, str] = {}  # where layers are, which never changes
+
     def attach(self) -> None:
         self._make_home()
 
@@ -58,6 +62,7 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
             return directory.unpack(blob, merged, work, self._layer(layer), directory.Dialect.OVERLAY, expect, progress)
 
     def remove_layer(self, layer: SnapshotId) -> None:
+        self._trees.pop(layer, None)
         super().remove_layer(layer)
         self._remove_sealed(layer)
 
@@ -76,8 +81,11 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         return Stack([self._tree(layer) for layer in chain])
 
     def _tree(self, layer: SnapshotId) -> str:
-        made = f"{self.home}/l/{layer}/diff"
-        return made if os.path.isdir(made) else str(self._sealed(layer))
+        tree = self._trees.get(layer)
+        if tree is None:
+            made = f"{self.home}/l/{layer}/diff"
+            tree = self._trees[layer] = made if os.path.isdir(made) else str(self._sealed(layer))
+        return tree
 
     def _below(self, chain: ChainBelow) -> AbstractContextManager[Below]:
         return nullcontext(Later(lambda: Merged([DirectoryView(os.fsencode(self._tree(one))) for one in chain()])))

@@ -50,15 +50,23 @@ class Database:
         lost with the machine's power, whole, but never torn: enough where losing it does no harm (a container nobody
         has written to yet), and ten times cheaper.
         """
-        with translated(self.path):
-            connection = self._connection()
+        connection = self._connection()
+        try:
             if self._local.batch is not None:
                 self._local.batch.enter_context(self._transaction(connection, durable=True))
-                with _savepoint(connection):
+                connection.execute("SAVEPOINT part")
+                try:
                     yield connection
-                return
-            with self._transaction(connection, durable=durable):
-                yield connection
+                except BaseException:
+                    connection.execute("ROLLBACK TO part")
+                    connection.execute("RELEASE part")
+                    raise
+                connection.execute("RELEASE part")
+            else:
+                with self._transaction(connection, durable=durable):
+                    yield connection
+        except sqlite3.DatabaseError as error:
+            raise _explained(error, self.path) from error
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -93,13 +101,17 @@ class Database:
 
     def rows(self, sql: str, *values: object) -> list[Any]:
         """The rows of a query, as `sqlite3.Row`."""
-        with translated(self.path):
+        try:
             return self._connection().execute(sql, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise _explained(error, self.path) from error
 
     def row(self, sql: str, *values: object) -> Any:
         """The first row of a query, or None."""
-        with translated(self.path):
+        try:
             return self._connection().execute(sql, values).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise _explained(error, self.path) from error
 
     def setting(self, key: str) -> str | None:
         """A setting of the root, None where it was never set."""
@@ -155,18 +167,6 @@ class Database:
             db.execute(f"PRAGMA user_version = {VERSION}")
 
 
-@contextmanager
-def _savepoint(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("SAVEPOINT part")
-    try:
-        yield
-    except BaseException:
-        connection.execute("ROLLBACK TO part")
-        connection.execute("RELEASE part")
-        raise
-    connection.execute("RELEASE part")
-
-
 def _statements(script: str) -> Iterator[str]:
     """Split a script; `executescript` would commit the transaction around it."""
     pending = ""
@@ -182,15 +182,19 @@ def translated(path: Path) -> Iterator[None]:
     """Turn SQLite's errors that a user can act on into ours."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-            raise NoSpace(f"no space left for {path}", hint="free some space on its file system") from error
-        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            raise FailedPrecondition(f"{path} has been locked for {_BUSY_SECONDS:.0f} s", hint="try again") from error
-        if error.sqlite_errorcode in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-            raise FailedPrecondition(f"{path} cannot be opened: {error}", hint="run as root; see --root") from error
-        raise
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise Corrupt(f"{path} is damaged: {error}", hint="restore it from a backup") from error
-        raise
+        raise _explained(error, path) from error
+
+
+def _explained(error: sqlite3.DatabaseError, path: Path) -> Exception:
+    """What an error of SQLite's is for the user; itself if it is a bug."""
+    match getattr(error, "sqlite_errorcode", None):
+        case sqlite3.SQLITE_FULL:
+            return NoSpace(f"no space left for {path}", hint="free some space on its file system")
+        case sqlite3.SQLITE_BUSY:
+            return FailedPrecondition(f"{path} has been locked for {_BUSY_SECONDS:.0f} s", hint="try again")
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY:
+            return FailedPrecondition(f"{path} cannot be opened: {error}", hint="run as root; see --root")
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return Corrupt(f"{path} is damaged: {error}", hint="restore it from a backup")
+    return error

@@ -19,7 +19,7 @@ from hpmapper.model import Kind, ObjectDigest, SnapshotId
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A snapshot as the database has it; see `schema.py` for the columns."""
+    """A snapshot as the database has it; see `schema.py` for the columns. `applied`: what a differ read into it."""
 
     id: SnapshotId
     key: str
@@ -28,6 +28,7 @@ class Snapshot:
     layer: SnapshotId | None
     created: int
     updated: int
+    applied: SnapshotId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +57,16 @@ def _rows(source: Source, sql: str, *values: object) -> list[Any]:
     return source.rows(sql, *values) if isinstance(source, Database) else source.execute(sql, values).fetchall()
 
 
-_COLUMNS = "snapshot.id, key, kind, parent, layer, created, updated"
+_COLUMNS = (
+    "snapshot.id, key, kind, parent, snapshot.layer, created, updated, "
+    "(SELECT applied.layer FROM applied WHERE applied.snapshot = snapshot.id)"
+)
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 def _snapshot(row: Any) -> Snapshot:
-    return Snapshot(
-        SnapshotId(row["id"]),
-        row["key"],
-        Kind(row["kind"]),
-        row["parent"],
-        row["layer"],
-        row["created"],
-        row["updated"],
-    )
+    number, key, kind, parent, layer_id, created, updated, applied = row  # by position: this is on every call's path
+    return Snapshot(number, key, _KINDS[kind], parent, layer_id, created, updated, applied)
 
 
 def find(db: Source, key: str) -> Snapshot | None:
@@ -104,6 +102,8 @@ def walk(db: Database) -> Iterator[Snapshot]:
 
 def layers_below(db: Database, parent: SnapshotId | None) -> list[SnapshotId]:
     """The storage ids of a chain of committed snapshots, nearest first."""
+    if parent is None:
+        return []
     rows = db.rows(
         """WITH RECURSIVE chain (id, parent, layer, depth) AS (
                SELECT id, parent, layer, 0 FROM snapshot WHERE id = ?
@@ -253,6 +253,8 @@ def add_layer(db: Transaction, new: Layer, objects: Mapping[ObjectDigest, int]) 
         "INSERT INTO layer VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (new.id, new.diff_id, new.bound, new.digest, new.tar_size, new.size, new.inodes, new.damaged, new.sealed),
     )
+    if not objects:
+        return
     db.executemany("INSERT OR IGNORE INTO object (digest, size) VALUES (?, ?)", objects.items())
     db.executemany(
         "INSERT INTO layer_object SELECT ?, id FROM object WHERE digest = ?",
@@ -271,16 +273,14 @@ def begin_removal(db: Transaction, snapshot: Snapshot, owner: str | None) -> Non
     Raises:
         FailedPrecondition: it has children, or an image or container uses it.
     """
-    child = db.execute("SELECT key FROM snapshot WHERE parent = ? LIMIT 1", (snapshot.id,)).fetchone()
-    if child:
-        raise FailedPrecondition(f"cannot remove snapshot {snapshot.key!r}: {child[0]!r} is made from it")
     user = db.execute(
-        "SELECT 'image ' || id FROM image WHERE top = ?1 UNION ALL SELECT 'container ' || name FROM container "
-        "WHERE snapshot = ?1 LIMIT 1",
+        "SELECT key || ' is made from it' FROM snapshot WHERE parent = ?1 "
+        "UNION ALL SELECT 'image ' || id || ' uses it' FROM image WHERE top = ?1 "
+        "UNION ALL SELECT 'container ' || name || ' uses it' FROM container WHERE snapshot = ?1 LIMIT 1",
         (snapshot.id,),
     ).fetchone()
     if user:
-        raise FailedPrecondition(f"cannot remove snapshot {snapshot.key!r}: {user[0]} uses it")
+        raise FailedPrecondition(f"cannot remove snapshot {snapshot.key!r}: {user[0]}")
     changed = db.execute(
         "UPDATE snapshot SET state = 'removing', owner = ?, layer = NULL, parent = NULL, key = 'removing-' || id "
         "WHERE id = ? AND state = 'ready'",
@@ -426,12 +426,6 @@ def all_labels(db: Database) -> dict[SnapshotId, dict[str, str]]:
 def touch(db: Transaction, snapshot: SnapshotId) -> None:
     """Record that a snapshot was updated now."""
     db.execute("UPDATE snapshot SET updated = ? WHERE id = ?", (time.time_ns(), snapshot))
-
-
-def applied_layer(db: Source, snapshot: SnapshotId) -> SnapshotId | None:
-    """The layer that a differ read for an active snapshot, if one did."""
-    rows = _rows(db, "SELECT layer FROM applied WHERE snapshot = ?", snapshot)
-    return SnapshotId(rows[0][0]) if rows else None
 
 
 def set_applied(db: Transaction, snapshot: SnapshotId, layer_id: SnapshotId) -> None:

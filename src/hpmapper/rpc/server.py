@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -348,7 +348,7 @@ class Server:
         """Call the quick methods of one turn; nothing is answered before the batch is over."""
         results: list[Iterable[bytes] | After | Failure] = []
         try:
-            with self._batch():
+            with self._batch() if len(calls) > 1 else nullcontext():
                 results = [_called(method, call) for _, _, _, method, call in calls]
         except Exception as error:  # what was done is undone, for all of them
             results = [Failure.of(error)] * len(calls)
