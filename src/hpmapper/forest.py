@@ -241,12 +241,11 @@ class Forest:
             raise InvalidArgument(f"the snapshot has the parent {self._outer(below.key)!r}, not {parent!r}")
         if wanted.kind is not Kind.COMMITTED:
             raise FailedPrecondition(f"parent {parent!r} is not committed")
-        if below is None:
-            if active.applied is None or snapshots.layer(self._db, active.applied).bound:
-                raise FailedPrecondition(
-                    f"the layer cannot be moved onto {parent!r}: it was read without what lies below it",
-                    hint="prepare it on its parent; containerd does without the capability rebase",
-                )
+        if below is None and (active.applied is None or snapshots.layer(self._db, active.applied).bound):
+            raise FailedPrecondition(
+                f"the layer cannot be moved onto {parent!r}: it was read without what lies below it",
+                hint="prepare it on its parent; containerd does without the capability rebase",
+            )
         return wanted
 
     def _settle(

@@ -24,7 +24,7 @@ COMMANDS = {
     "info": Lazy("hpmapper.cli.system:info", "Show what is in use."),
     "doctor": Lazy("hpmapper.cli.system:doctor", "Try what this host can do."),
     "drivers": Lazy("hpmapper.cli.system:drivers", "List the storage drivers and whether they work here."),
-    "serve": Lazy("hpmapper.cli.serve:serve", "Serve containerd and Docker."),
+    "serve": Lazy("hpmapper.cli.serve:serve", "Serve the root to containerd, as its snapshotter and differ, until told to stop."),
     "gc": Lazy("hpmapper.cli.system:gc", "Remove what nothing refers to."),
     "fsck": Lazy("hpmapper.cli.system:fsck", "Check all that is stored, byte by byte."),
 }
