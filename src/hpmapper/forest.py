@@ -142,6 +142,10 @@ class Forest:
             NotFound, InvalidArgument: there is no such parent, it is not committed, a key or label is malformed.
             NoSpace: the pool is too full.
         """
+        return self._mounted(self.plant(key, parent, labels, kind))
+
+    def plant(self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE) -> Snapshot:
+        """As `prepare`, without mounting it."""
         inner = self._checked(key)
         _check_labels(labels)
         below = self.get(parent) if parent else None
@@ -152,10 +156,9 @@ class Forest:
             snapshots.set_labels(transaction, snapshot, labels)
 
         try:
-            made = self.engine.prepare(inner, below, kind, also=label, durable=True, finish=False)
+            return self.engine.prepare(inner, below, kind, also=label, durable=True, finish=False)
         except AlreadyExists:
             raise AlreadyExists(f"snapshot {key!r} exists already") from None
-        return self._mounted(made)
 
     def update(self, key: str, change: Callable[[Labels], Labels]) -> Info:
         """Let `change` make new labels of a snapshot's labels."""
