@@ -39,8 +39,10 @@ _Write = Callable[[BinaryIO], None]
 class Layers:
     """Docker's layers in one forest. For use by several threads."""
 
-    def __init__(self, forest: Forest) -> None:
+    def __init__(self, forest: Forest, clean_up: Callable[[], None]) -> None:
+        """`clean_up` is called when layers may have become rubbish: Docker has no call of its own for that."""
         self._forest = forest
+        self._clean_up = clean_up
         self._engine = forest.engine
         self._lock = threading.RLock()  # for the users' counts, and for what becomes a parent
         self._users: dict[str, int] = {}
@@ -84,6 +86,7 @@ class Layers:
             for key in (_seen(layer), _written(layer), _complete(layer)):
                 if self._find(key):
                     self._forest.remove(key)
+        self._clean_up()
 
     def exists(self, layer: str) -> bool:
         """Whether there is a layer of that id."""

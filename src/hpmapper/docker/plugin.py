@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from hpmapper.caretaker import Caretaker
 from hpmapper.docker.http import Request, Response, Server
 from hpmapper.docker.layers import Layers
 from hpmapper.engine import Engine
 from hpmapper.errors import HpmapperError, InvalidArgument, NotFound, Unsupported
-from hpmapper.forest import Forest, Watcher
+from hpmapper.forest import Forest
 from hpmapper.model import ChangeKind
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,12 @@ _Asked = TypeVar("_Asked", _Init, _Layer)
 
 
 @contextmanager
-def serving(engine: Engine, watcher: Watcher, address: Path) -> Iterator[None]:
-    """Serve an engine's snapshots to Docker while the body runs.
+def serving(engine: Engine, caretaker: Caretaker, address: Path) -> Iterator[None]:
+    """Serve an engine's snapshots to Docker, on a unix socket, while the body runs.
 
     Raises as `Server`.
     """
-    plugin = Plugin(Layers(Forest(engine, OWNER, watcher)))
+    plugin = Plugin(Layers(Forest(engine, OWNER, caretaker), caretaker.clean_up))
     server = Server(address, plugin.handle, plugin.failed)
     server.start()
     try:
