@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hpmapper.caretaker import Caretaker
@@ -19,6 +19,7 @@ from hpmapper.containerd.diff import DiffService
 from hpmapper.containerd.health import HealthService
 from hpmapper.containerd.snapshots import SERVICE as SNAPSHOTS
 from hpmapper.containerd.snapshots import SnapshotService
+from hpmapper.docker import plugin
 from hpmapper.errors import FailedPrecondition
 from hpmapper.forest import Forest
 from hpmapper.kernel import lock
@@ -39,12 +40,13 @@ _SWITCH_SECONDS = 0.0005
 """How long a thread that reads a layer may hold Python's lock while a call waits for it: a tenth of the default."""
 
 
-def serve(config: Config, address: Path, containerd: str) -> None:
+def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | None = None) -> None:
     """Serve the root's snapshots on a unix socket until SIGTERM or SIGINT.
 
     Args:
         address: the socket's path; mode 0600. Under systemd's socket activation its socket is taken instead.
         containerd: path of containerd's own socket, whose content the differ reads.
+        docker_plugin: a socket for Docker's graph driver plugin protocol, too.
 
     Raises:
         FailedPrecondition: another daemon serves the root or the socket. Else as `open_root`.
@@ -68,11 +70,12 @@ def serve(config: Config, address: Path, containerd: str) -> None:
         _listen(server, address)
         server.start()
         caretaker.start()
-        notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
-        log.info("serving %s on %s with the driver %s", config.root, address, engine.driver.name)
-        signal.sigwait(_STOP_SIGNALS)
-        notify("STOPPING=1")
-        log.info("stopping: waiting for calls under way")
+        with plugin.serving(engine, caretaker, docker_plugin) if docker_plugin else nullcontext():
+            notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
+            log.info("serving %s on %s with the driver %s", config.root, address, engine.driver.name)
+            signal.sigwait(_STOP_SIGNALS)
+            notify("STOPPING=1")
+            log.info("stopping: waiting for calls under way")
         server.stop(_DRAIN_SECONDS)
         caretaker.stop()
         content.close()

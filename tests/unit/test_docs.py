@@ -21,12 +21,13 @@ from hpmapper.kernel.probe import FEATURE_NAMES
 TOP = Path(__file__).parents[2]
 DOCUMENTS = sorted([TOP / "README.md", *(TOP / "docs").glob("*.md")])
 OPERATIONS = TOP / "docs" / "operations.md"
+CONTAINERD = TOP / "docs" / "containerd.md"
 
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"(?<![\w/.])(?:src/hpmapper|tests|tools|docs|requirements)/[\w./-]*")
 _MODULE = re.compile(r"(?<![\w/.<>-])hpmapper(?:\.[a-z_]+)+")
-_NO_MODULES = {"hpmapper.db"}
+_NO_MODULES = {"hpmapper.db", "hpmapper.service", "hpmapper.sock"}
 _NOT_IN_SLUGS = re.compile(r"[^\w\- ]")
 _PLACEHOLDER = re.compile(r"[A-Z]+|…|\.\.\.")
 
@@ -91,7 +92,7 @@ def _resolved(line: str) -> tuple[click.Context, click.Command, list[str]] | Non
     return context, group, words
 
 
-@pytest.mark.parametrize("line", sorted(set(_in_blocks(OPERATIONS.read_text()))))
+@pytest.mark.parametrize("line", sorted({*_in_blocks(OPERATIONS.read_text()), *_in_blocks(CONTAINERD.read_text())}))
 def test_command_lines_are_taken(line: str) -> None:
     resolved = _resolved(line)
     assert resolved is not None, line
@@ -115,7 +116,8 @@ def test_every_option_is_documented() -> None:
 
 
 def test_every_command_is_documented() -> None:
-    lines = [*_in_blocks(OPERATIONS.read_text()), *_in_sentences(OPERATIONS.read_text())]
+    text = OPERATIONS.read_text() + CONTAINERD.read_text()
+    lines = [*_in_blocks(text), *_in_sentences(text)]
     shown = {resolved[1] for resolved in map(_resolved, lines) if resolved}
     assert not [" ".join(path) for path, command in _commands(cli, ()) if command not in shown]
 

@@ -21,10 +21,13 @@ COMMANDS = {
     "image": Lazy("hpmapper.cli.image:image", "Bring in, list, save and remove images."),
     "container": Lazy("hpmapper.cli.container:container", "Make, inspect, commit and remove containers."),
     "pool": Lazy("hpmapper.cli.pool:pool", "Make, watch and grow the storage pool."),
+    "config": Lazy("hpmapper.cli.configure:config", "Make containerd or Docker use hpmapper."),
     "info": Lazy("hpmapper.cli.system:info", "Show what is in use."),
     "doctor": Lazy("hpmapper.cli.system:doctor", "Try what this host can do."),
     "drivers": Lazy("hpmapper.cli.system:drivers", "List the storage drivers and whether they work here."),
-    "serve": Lazy("hpmapper.cli.serve:serve", "Serve the root to containerd, as its snapshotter and differ, until told to stop."),
+    "serve": Lazy(
+        "hpmapper.cli.serve:serve", "Serve the root to containerd and Docker until told to stop."
+    ),
     "gc": Lazy("hpmapper.cli.system:gc", "Remove what nothing refers to."),
     "fsck": Lazy("hpmapper.cli.system:fsck", "Check all that is stored, byte by byte."),
 }

@@ -29,13 +29,19 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="containerd's own socket, from whose content store layers are read.",
 )
+@click.option(
+    "--docker-plugin",
+    type=_FILE,
+    metavar="FILE",
+    help="Serve Docker 1.13 to 26 as well, as a graph driver plugin: /run/docker/plugins/hpmapper.sock.",
+)
 @click.pass_obj
-def serve(state: State, address: Path, containerd_address: Path) -> None:
-    """Serve the root to containerd, as its snapshotter and differ, until told to stop.
+def serve(state: State, address: Path, containerd_address: Path, docker_plugin: Path | None) -> None:
+    """Serve the root to containerd and Docker until told to stop.
 
     Stops on SIGTERM: calls under way are finished first. Running containers are not touched, and go on to be served by
     the next daemon.
     """
     if not state.debug:
         logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
-    daemon.serve(config_of(state), address.absolute(), str(containerd_address))
+    daemon.serve(config_of(state), address.absolute(), str(containerd_address), docker_plugin)
