@@ -4,14 +4,15 @@
         daemon = machine.start("containerd", "containerd", "--config", "/data/containerd.toml")
         machine.run("ctr", "version")
 
-All that runs in it ends with it, and so do its mounts. The tree stays as it is: changes go to a tmpfs over it. `data` is
-/data in the machine, on the host's file system; the sources of hpmapper are at /hpmapper.
+All that runs in it ends with it, and so do its mounts. The tree stays as it is: changes go to a tmpfs over it. `data`
+is /data in the machine, on the host's file system; the sources of hpmapper are at /hpmapper.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ pivot_root . mnt
 cd /
 umount --lazy mnt
 ip link set lo up
+touch etc/resolv.conf && echo "127.0.0.1 localhost" >etc/hosts
 echo ready
 trap : TERM
 sleep infinity & wait $!
@@ -175,6 +177,15 @@ class Machine:
                 words = daemon.log.read_text(errors="replace")[-2000:]
                 raise Failed(f"{daemon.log.name} is not ready: {words}") from last
             time.sleep(0.05)
+
+    def answers(self, socket_path: str) -> bool:
+        """Whether somebody listens on a unix socket of the machine."""
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(self.path(socket_path)))
+            except OSError:
+                return False
+        return True
 
     def mounts(self, below: str = "/") -> list[str]:
         """Mount points at and below a path of the machine."""

@@ -6,13 +6,13 @@ overlayfs refuses unless redirect_dir is on; as "proxy" it asks for everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.clients import conformance, pools, servers, trees
+from tests.clients import conformance, servers, trees
 from tests.clients.conformance import SUBTESTS, Verdict
 
 pytestmark = pytest.mark.kernel
@@ -53,12 +53,6 @@ WITHOUT_RENAME = ("hpmapper", "overlay", "stock-overlay")
 which programs such as mv answer with a copy. With it on, containerd's differ would lose what is in the directory."""
 
 Judge = Callable[[Case], dict[str, Verdict]]
-
-
-@pytest.fixture(scope="module")
-def pool(private_mounts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pools.xfs(tmp_path_factory.mktemp("pool")) as mounted:
-        yield mounted
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def _python_version(tree: Path) -> str:
 
 
 def _requirements(version: str) -> str:
-    """requirements/run.txt without what another interpreter than the running one does not need (pip asks the latter)."""
+    """requirements/run.txt for an interpreter of that version; pip would ask the running one what applies."""
     lines = LOCKED.read_text().replace("\\\n", "").splitlines()
     return "".join(f"{line}\n" for line in lines if line and not line.startswith("#") and _applies(line, version))
 
