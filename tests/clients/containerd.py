@@ -128,6 +128,11 @@ class Containerd:
         self.server = self.machine.start("server", *words)
         self.machine.wait(self.server, lambda: self.machine.answers(_SNAPSHOTTER_SOCKET))
 
+    def restart_server(self) -> None:
+        """Start the server again, and wait until containerd, which tries less and less often, has found it."""
+        self.start_server()
+        self.machine.wait(self.daemon, lambda: self.ctr("snapshots", "--snapshotter", self.setup.name, "usage"))
+
     def kill_server(self) -> None:
         """End the server as power loss would, but for what the kernel keeps."""
         assert self.server is not None

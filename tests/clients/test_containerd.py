@@ -6,88 +6,48 @@ socket ("peer") goes through the same tests: what it cannot do is not asked of u
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from hpmapper.bench import gobuild
 from hpmapper.testing.trees import Facts
-from tests.clients import images, servers, trees
-from tests.clients.containerd import ROOT, Container, Containerd, Setup
+from tests.clients import images
+from tests.clients.containerd import Container, Containerd
 from tests.clients.differs import differences
-from tests.clients.machine import Failed, Machine
+from tests.clients.machine import Failed
+from tests.clients.setups import SETUPS, Case, assert_reclaimed, left, running
 
 pytestmark = [pytest.mark.kernel, pytest.mark.clients]
 
 ELSEWHERE = "elsewhere"
 """A second namespace of containerd: it shares nothing with the first one but blobs."""
 
-RECLAIM_TIMEOUT = 60.0
-
-SETUPS = {
-    "peer": Setup("peer", "/data/snapserver -root {root} -address {socket}"),
-    **{driver: Setup(driver, servers.ours(driver, python="python3").command) for driver in servers.DRIVERS},
-    "hpmapper-fast": Setup("hpmapper", servers.ours("hpmapper", python="python3").command, differ=True),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A release, and one of SETUPS by name."""
-
-    release: str
-    setup: str
-
-    def __str__(self) -> str:
-        return f"{self.release}-{self.setup}"
-
-
 # Debian 12's containerd has no proxies for differs.
 CASES = [
-    *(Case("bookworm", setup) for setup in SETUPS if not SETUPS[setup].differ),
-    *(Case(release, setup) for release in ("trixie", "sid") for setup in SETUPS),
+    *(Case("bookworm", name) for name, setup in SETUPS.items() if setup.command and not setup.differ),
+    *(Case(release, name) for release in ("trixie", "sid") for name, setup in SETUPS.items() if setup.command),
 ]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def shared(request: pytest.FixtureRequest, pool: Path) -> Iterator[Containerd]:
-    case: Case = request.param
-    data = pool / str(case)
-    data.mkdir()
-    shutil.copy2(gobuild.build_tools(gobuild.cache()).snapserver, data / "snapserver")
-    tree = trees.made(case.release)
-    with Machine(tree, data, trees.python_packages(tree)) as machine:
-        containerd = Containerd(machine, SETUPS[case.setup])
-        containerd.start()
+    with running(request.param, pool) as containerd:
         yield containerd
-        containerd.stop()
 
 
 @pytest.fixture
 def containerd(shared: Containerd) -> Iterator[Containerd]:
     """With nothing in it; and it must come to that again when everything is removed."""
-    before = _left(shared)
+    before = left(shared)
     yield shared
     for namespace in ("default", ELSEWHERE):
         shared.remove_images(namespace)
         for snapshotter in ("overlayfs", shared.setup.name):
             assert shared.snapshots(snapshotter, namespace) == []
-    deadline = time.monotonic() + RECLAIM_TIMEOUT  # what is removed may be reclaimed in the background
-    while (left := _left(shared)) > before and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert sorted(left - before) == []
-
-
-def _left(containerd: Containerd) -> set[str]:
-    """Mounts and directories of the snapshotter."""
-    top = containerd.machine.path(ROOT)
-    directories = {f"directory {path.relative_to(top)}" for path in top.rglob("*") if path.is_dir()}
-    return directories | {f"mount {target}" for target in containerd.machine.mounts(ROOT)}
+    assert_reclaimed(shared, before)
 
 
 def _root(containerd: Containerd, reference: str, snapshotter: str, namespace: str = "default") -> dict[bytes, Facts]:
@@ -200,7 +160,7 @@ def test_a_restarted_server_finds_running_containers_as_they_were(containerd: Co
         expected = container.root()
         containerd.kill_server()
         assert container.execute("/bin/cat", "/data/written").split() == ["before"]
-        containerd.start_server()
+        containerd.restart_server()
         assert differences(container.root(), expected) == []
         with containerd.container(reference, name, "after") as other:
             assert other.execute("/bin/cat", "/data/dir/b").split() == ["again"]
@@ -212,7 +172,7 @@ ATTEMPTS = 10
 
 
 def test_containers_start_at_once_while_the_server_is_killed(containerd: Containerd, demo: Path) -> None:
-    """A start may fail when the server goes away in its middle; it works when tried again, and nothing is left of it."""
+    """A start may fail when the server goes away in its middle; tried again it works, and nothing is left of it."""
     reference, name = containerd.push(demo, "demo", "default"), containerd.setup.name
     containerd.pull(reference, name)
     words = ("run", "--rm", "--net-host", "--snapshotter", name, reference)
@@ -230,6 +190,6 @@ def test_containers_start_at_once_while_the_server_is_killed(containerd: Contain
         runs = [threads.submit(run, number) for number in range(AT_ONCE)]
         wait(runs, return_when=FIRST_COMPLETED)
         containerd.kill_server()
-        containerd.start_server()
+        containerd.restart_server()
         assert [one.result() for one in runs] == ["again\n"] * AT_ONCE
     containerd.remove_containers()
