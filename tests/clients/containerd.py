@@ -14,6 +14,9 @@ from hpmapper.bench.images import architecture
 from hpmapper.testing.trees import Facts, read_tree
 from tests.clients.machine import Daemon, Failed, Machine
 
+NAMESPACE, ELSEWHERE = "hpmapper-tests", "hpmapper-elsewhere"
+"""Two namespaces of containerd. They share nothing but blobs. Control groups are named by them."""
+
 SOCKET = "/run/containerd/containerd.sock"
 REGISTRY = "127.0.0.1:5000"
 ROOT = "/data/snapshotter"
@@ -147,10 +150,10 @@ class Containerd:
     def _write(self, inside: str, text: str) -> None:
         self.machine.path(inside).write_text(text)
 
-    def ctr(self, *words: str, namespace: str = "default", stdin: Path | None = None) -> str:
+    def ctr(self, *words: str, namespace: str = NAMESPACE, stdin: Path | None = None) -> str:
         return self.ctr_bytes(*words, namespace=namespace, stdin=stdin).decode()
 
-    def ctr_bytes(self, *words: str, namespace: str = "default", stdin: Path | None = None) -> bytes:
+    def ctr_bytes(self, *words: str, namespace: str = NAMESPACE, stdin: Path | None = None) -> bytes:
         line = ["ctr", f"--address={SOCKET}", f"--namespace={namespace}", *words]
         if stdin is None:
             return self.machine.bytes(*line)
@@ -170,25 +173,25 @@ class Containerd:
         self.remove_images(namespace)
         return reference
 
-    def pull(self, reference: str, snapshotter: str, namespace: str = "default") -> None:
+    def pull(self, reference: str, snapshotter: str, namespace: str = NAMESPACE) -> None:
         self.ctr("images", "pull", "--plain-http", "--snapshotter", snapshotter, reference, namespace=namespace)
 
-    def images(self, namespace: str = "default") -> list[str]:
+    def images(self, namespace: str = NAMESPACE) -> list[str]:
         return self.ctr("images", "ls", "--quiet", namespace=namespace).split()
 
-    def remove_images(self, namespace: str = "default") -> None:
+    def remove_images(self, namespace: str = NAMESPACE) -> None:
         """Remove all images, and wait until containerd has collected what only they had."""
         if names := self.images(namespace):
             self.ctr("images", "rm", "--sync", *names, namespace=namespace)
 
-    def snapshots(self, snapshotter: str, namespace: str = "default") -> list[str]:
+    def snapshots(self, snapshotter: str, namespace: str = NAMESPACE) -> list[str]:
         rows = self.ctr("snapshots", "--snapshotter", snapshotter, "ls", namespace=namespace).splitlines()[1:]
         return [row.split()[0] for row in rows if row.strip()]
 
     # --------------------------------------------------------------------------------------------- containers
 
     @contextmanager
-    def container(self, reference: str, snapshotter: str, name: str, namespace: str = "default") -> Iterator[Container]:
+    def container(self, reference: str, snapshotter: str, name: str, namespace: str = NAMESPACE) -> Iterator[Container]:
         """A container that sleeps, removed at the end."""
         words = ["run", "--detach", "--net-host", "--snapshotter", snapshotter]
         self.ctr(*words, reference, name, "/bin/sleep", "100000", namespace=namespace)
@@ -200,7 +203,7 @@ class Containerd:
             self.ctr("task", "rm", name, namespace=namespace)
             self.ctr("containers", "rm", name, namespace=namespace)
 
-    def remove_containers(self, namespace: str = "default") -> None:
+    def remove_containers(self, namespace: str = NAMESPACE) -> None:
         """Remove what failed starts have left; none of them may run."""
         for row in self.ctr("task", "ls", namespace=namespace).splitlines()[1:]:
             self.ctr("task", "rm", "--force", row.split()[0], namespace=namespace)

@@ -7,12 +7,12 @@ import subprocess
 from pathlib import Path
 
 from hpmapper.testing.trees import Facts
-from tests.clients.containerd import SOCKET, Containerd, root_of
+from tests.clients.containerd import NAMESPACE, SOCKET, Containerd, root_of
 from tests.clients.machine import Daemon
 
 DATA = "/data/docker"
 
-NAMESPACE = "moby"
+MOBY = "moby"
 """dockerd's namespace in containerd."""
 
 
@@ -38,7 +38,7 @@ class Docker:
             "iptables": False,
             "ip6tables": False,
             "bridge": "none",
-            "cgroup-parent": "hpmapper-tests",
+            "cgroup-parent": NAMESPACE,
         }
 
     def stop(self) -> None:

@@ -11,10 +11,15 @@ from pathlib import Path
 
 from hpmapper.bench import gobuild
 from tests.clients import servers, trees
-from tests.clients.containerd import ROOT, Containerd, Setup
+from tests.clients.containerd import ELSEWHERE, NAMESPACE, ROOT, Containerd, Setup
 from tests.clients.machine import Machine
 
 RECLAIM_TIMEOUT = 60.0
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+BUILDKIT = "docker"
+"""The control group that BuildKit in dockerd takes for what it builds."""
 
 SETUPS = {
     "overlayfs": Setup("overlayfs"),
@@ -43,11 +48,26 @@ def running(case: Case, pool: Path) -> Iterator[Containerd]:
     data.mkdir()
     shutil.copy2(gobuild.build_tools(gobuild.cache()).snapserver, data / "snapserver")
     tree = trees.made(case.release)
-    with Machine(tree, data, trees.python_packages(tree)) as machine:
+    with _control_groups(), Machine(tree, data, trees.python_packages(tree)) as machine:
         containerd = Containerd(machine, SETUPS[case.setup])
         containerd.start()
         yield containerd
         containerd.stop()
+
+
+@contextmanager
+def _control_groups() -> Iterator[None]:
+    """Remove the control groups that runtimes leave: those above the containers' own, which nobody else removes."""
+    before = _found_groups()
+    yield
+    for group in sorted(_found_groups() - before, reverse=True):
+        group.rmdir()
+
+
+def _found_groups() -> set[Path]:
+    names = (NAMESPACE, ELSEWHERE, BUILDKIT)
+    tops = [top for name in names for top in (*CGROUPS.glob(name), *CGROUPS.glob(f"*/{name}")) if not top.is_symlink()]
+    return {*tops, *(path for top in tops for path in top.rglob("*") if path.is_dir())}
 
 
 def left(containerd: Containerd) -> set[str]:

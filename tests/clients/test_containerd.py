@@ -15,15 +15,12 @@ import pytest
 
 from hpmapper.testing.trees import Facts
 from tests.clients import images
-from tests.clients.containerd import Container, Containerd
+from tests.clients.containerd import ELSEWHERE, NAMESPACE, Container, Containerd
 from tests.clients.differs import differences
 from tests.clients.machine import Failed
 from tests.clients.setups import SETUPS, Case, assert_reclaimed, left, running
 
 pytestmark = [pytest.mark.kernel, pytest.mark.clients]
-
-ELSEWHERE = "elsewhere"
-"""A second namespace of containerd: it shares nothing with the first one but blobs."""
 
 # Debian 12's containerd has no proxies for differs.
 CASES = [
@@ -43,20 +40,20 @@ def containerd(shared: Containerd) -> Iterator[Containerd]:
     """With nothing in it; and it must come to that again when everything is removed."""
     before = left(shared)
     yield shared
-    for namespace in ("default", ELSEWHERE):
+    for namespace in (NAMESPACE, ELSEWHERE):
         shared.remove_images(namespace)
         for snapshotter in ("overlayfs", shared.setup.name):
             assert shared.snapshots(snapshotter, namespace) == []
     assert_reclaimed(shared, before)
 
 
-def _root(containerd: Containerd, reference: str, snapshotter: str, namespace: str = "default") -> dict[bytes, Facts]:
+def _root(containerd: Containerd, reference: str, snapshotter: str, namespace: str = NAMESPACE) -> dict[bytes, Facts]:
     with containerd.container(reference, snapshotter, f"look-{snapshotter}", namespace) as container:
         return container.root()
 
 
 def test_a_root_is_as_overlayfs_gives_it(containerd: Containerd, demo: Path) -> None:
-    reference = containerd.push(demo, "demo", "default")
+    reference = containerd.push(demo, "demo", NAMESPACE)
     for snapshotter in ("overlayfs", containerd.setup.name):
         containerd.pull(reference, snapshotter)
     expected = _root(containerd, reference, "overlayfs")
@@ -66,7 +63,7 @@ def test_a_root_is_as_overlayfs_gives_it(containerd: Containerd, demo: Path) -> 
 
 
 def test_two_containers_of_an_image_do_not_see_each_other(containerd: Containerd, demo: Path) -> None:
-    reference, name = containerd.push(demo, "demo", "default"), containerd.setup.name
+    reference, name = containerd.push(demo, "demo", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
     with containerd.container(reference, name, "one") as one, containerd.container(reference, name, "two") as two:
         one.execute("/bin/sh", "-c", "echo mine >/data/mine; rm /data/linked; echo x >>/data/large")
@@ -96,14 +93,14 @@ directory, a directory made anew where one was removed."""
 
 
 def test_a_commit_is_the_same_image_elsewhere(containerd: Containerd, demo: Path, tmp_path: Path) -> None:
-    reference, name = containerd.push(demo, "demo", "default"), containerd.setup.name
+    reference, name = containerd.push(demo, "demo", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
     with containerd.container(reference, name, "changed") as container:
         container.execute("/bin/sh", "-c", CHANGES)
         blob = _committed(container)
         committed = images.extended(tmp_path / "committed", demo, "committed", blob)
         expected = container.root()
-    pushed = containerd.push(committed, "committed", "default")
+    pushed = containerd.push(committed, "committed", NAMESPACE)
     containerd.pull(pushed, "overlayfs", ELSEWHERE)
     assert differences(_root(containerd, pushed, "overlayfs", ELSEWHERE), expected, whole_seconds=True) == []
     containerd.pull(pushed, name)
@@ -113,13 +110,13 @@ def test_a_commit_is_the_same_image_elsewhere(containerd: Containerd, demo: Path
 def test_a_commit_keeps_extended_attributes(containerd: Containerd, demo: Path, tmp_path: Path) -> None:
     if not containerd.setup.differ:
         pytest.skip("containerd's own differ writes no extended attributes but capabilities")
-    reference, name = containerd.push(demo, "demo", "default"), containerd.setup.name
+    reference, name = containerd.push(demo, "demo", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
     with containerd.container(reference, name, "changed") as container:
         container.execute("/bin/chown", "12:34", "/data/attributed")
         committed = images.extended(tmp_path / "committed", demo, "committed", _committed(container))
         expected = container.root()
-    pushed = containerd.push(committed, "committed", "default")
+    pushed = containerd.push(committed, "committed", NAMESPACE)
     containerd.pull(pushed, "overlayfs", ELSEWHERE)
     assert differences(_root(containerd, pushed, "overlayfs", ELSEWHERE), expected, whole_seconds=True) == []
 
@@ -131,7 +128,7 @@ def _committed(container: Container) -> bytes:
 
 
 def test_an_image_of_many_layers(containerd: Containerd, tall: Path) -> None:
-    reference, name = containerd.push(tall, "tall", "default"), containerd.setup.name
+    reference, name = containerd.push(tall, "tall", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
     with containerd.container(reference, name, "tall") as container:
         numbers = container.execute("/bin/sh", "-c", "cat /data/*").split()
@@ -139,7 +136,7 @@ def test_an_image_of_many_layers(containerd: Containerd, tall: Path) -> None:
 
 
 def test_snapshots_can_be_mounted_by_hand(containerd: Containerd, demo: Path) -> None:
-    reference, name = containerd.push(demo, "demo", "default"), containerd.setup.name
+    reference, name = containerd.push(demo, "demo", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
     containerd.machine.run("mkdir", "-p", "/mnt/view")
     containerd.ctr("images", "mount", "--snapshotter", name, reference, "/mnt/view")
@@ -153,7 +150,7 @@ def test_snapshots_can_be_mounted_by_hand(containerd: Containerd, demo: Path) ->
 
 def test_a_restarted_server_finds_running_containers_as_they_were(containerd: Containerd, demo: Path) -> None:
     """Killed, not asked to stop: the containers run on, and what was there is there."""
-    reference, name = containerd.push(demo, "demo", "default"), containerd.setup.name
+    reference, name = containerd.push(demo, "demo", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
     with containerd.container(reference, name, "before") as container:
         container.execute("/bin/sh", "-c", "echo before >/data/written")
@@ -173,14 +170,16 @@ ATTEMPTS = 10
 
 def test_containers_start_at_once_while_the_server_is_killed(containerd: Containerd, demo: Path) -> None:
     """A start may fail when the server goes away in its middle; tried again it works, and nothing is left of it."""
-    reference, name = containerd.push(demo, "demo", "default"), containerd.setup.name
+    reference, name = containerd.push(demo, "demo", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
     words = ("run", "--rm", "--net-host", "--snapshotter", name, reference)
+    look = ("/bin/sh", "-c", "[ $(cat /data/dir/b) = again ]")
 
-    def run(number: int) -> str:
+    def run(number: int) -> None:
         for attempt in range(ATTEMPTS):
             try:
-                return containerd.ctr(*words, f"at-once-{number}-{attempt}", "/bin/cat", "/data/dir/b")
+                containerd.ctr(*words, f"at-once-{number}-{attempt}", *look)
+                return
             except Failed as error:
                 failed = error
                 time.sleep(0.5)
@@ -191,5 +190,6 @@ def test_containers_start_at_once_while_the_server_is_killed(containerd: Contain
         wait(runs, return_when=FIRST_COMPLETED)
         containerd.kill_server()
         containerd.restart_server()
-        assert [one.result() for one in runs] == ["again\n"] * AT_ONCE
+        for one in runs:
+            one.result()
     containerd.remove_containers()

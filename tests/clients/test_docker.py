@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from hpmapper.testing.trees import Facts
-from tests.clients.containerd import Containerd
+from tests.clients.containerd import NAMESPACE, Containerd
 from tests.clients.differs import differences
-from tests.clients.docker import NAMESPACE, Docker
+from tests.clients.docker import MOBY, Docker
 from tests.clients.setups import SETUPS, Case, assert_reclaimed, left, running
 
 pytestmark = [pytest.mark.kernel, pytest.mark.clients]
@@ -46,13 +46,13 @@ def docker(shared: Docker) -> Iterator[Docker]:
     containerd = shared.containerd
     containerd.remove_images()
     for snapshotter in ("overlayfs", containerd.setup.name):
-        for namespace in ("default", NAMESPACE):
+        for namespace in (NAMESPACE, MOBY):
             assert containerd.snapshots(snapshotter, namespace) == []
     assert_reclaimed(containerd, before)
 
 
 def _pulled(docker: Docker, layout: Path) -> str:
-    reference = docker.containerd.push(layout, "demo", "default")
+    reference = docker.containerd.push(layout, "demo", NAMESPACE)
     docker("pull", "--quiet", reference)
     return reference
 

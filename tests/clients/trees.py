@@ -20,7 +20,7 @@ PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")
 
 PACKAGES = (
     "ca-certificates", "containerd", "runc", "docker-registry", "iproute2", "busybox-static",
-    "python3", "xfsprogs", "btrfs-progs", "e2fsprogs", "erofs-utils", "kmod", "libcap2-bin",
+    "python3", "xfsprogs", "btrfs-progs", "e2fsprogs", "erofs-utils", "kmod", "libcap2-bin", "libnghttp2-14",
     *gobuild.PACKAGES,
 )  # fmt: skip
 
