@@ -24,6 +24,8 @@ SOURCES = Path(__file__).parents[2] / "src"
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 60.0
+LAST_WORDS = 2000
+"""Of a program that failed, characters to show."""
 
 # runc calls pivot_root, which a mere chroot would refuse: the tree has to be the root of its mount namespace.
 # A shell as process 1, for it reaps what containers' shims leave behind.
@@ -145,7 +147,8 @@ class Machine:
         command = self._inside(words, environment or {})
         done = subprocess.run(command, stdin=stdin or subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode:
-            raise Failed(f"{' '.join(words)}: status {done.returncode}\n{(done.stdout + done.stderr).decode()}")
+            said = (done.stdout + done.stderr).decode(errors="replace")[-LAST_WORDS:]
+            raise Failed(f"{' '.join(words)}: status {done.returncode}\n{said}")
         return done.stdout
 
     def start(self, name: str, *words: str, environment: Mapping[str, str] | None = None) -> Daemon:
@@ -174,7 +177,7 @@ class Machine:
             else:
                 last = None
             if daemon.ended or time.monotonic() > deadline:
-                words = daemon.log.read_text(errors="replace")[-2000:]
+                words = daemon.log.read_text(errors="replace")[-LAST_WORDS:]
                 raise Failed(f"{daemon.log.name} is not ready: {words}") from last
             time.sleep(0.05)
 

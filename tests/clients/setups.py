@@ -14,7 +14,7 @@ from tests.clients import servers, trees
 from tests.clients.containerd import ELSEWHERE, NAMESPACE, ROOT, Containerd, Setup
 from tests.clients.machine import Machine
 
-RECLAIM_TIMEOUT = 60.0
+RECLAIM_TIMEOUT = 20.0
 
 CGROUPS = Path("/sys/fs/cgroup")
 
