@@ -1,0 +1,85 @@
+"""What is tried with real clients: releases of Debian, and ways to have a snapshotter in containerd."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpmapper.bench import gobuild
+from tests.clients import servers, trees
+from tests.clients.containerd import ELSEWHERE, NAMESPACE, ROOT, Containerd, Setup
+from tests.clients.machine import Machine
+
+RECLAIM_TIMEOUT = 20.0
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+BUILDKIT = "docker"
+"""The control group that BuildKit in dockerd takes for what it builds."""
+
+SETUPS = {
+    "overlayfs": Setup("overlayfs"),
+    "peer": Setup("peer", "/data/snapserver -root {root} -address {socket}"),
+    **{driver: Setup(driver, servers.ours(driver, python="python3").command) for driver in servers.DRIVERS},
+    "hpmapper-fast": Setup("hpmapper", servers.ours("hpmapper", python="python3").command, differ=True),
+}
+"""containerd's own overlayfs as it is, and behind a socket; each of our drivers; and with our differ."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A release, and one of SETUPS by name."""
+
+    release: str
+    setup: str
+
+    def __str__(self) -> str:
+        return f"{self.release}-{self.setup}"
+
+
+@contextmanager
+def running(case: Case, pool: Path) -> Iterator[Containerd]:
+    """A machine with containerd and a snapshotter at work, its data in `pool`."""
+    data = pool / str(case)
+    data.mkdir()
+    shutil.copy2(gobuild.build_tools(gobuild.cache()).snapserver, data / "snapserver")
+    tree = trees.made(case.release)
+    with _control_groups(), Machine(tree, data, trees.python_packages(tree)) as machine:
+        containerd = Containerd(machine, SETUPS[case.setup])
+        containerd.start()
+        yield containerd
+        containerd.stop()
+
+
+@contextmanager
+def _control_groups() -> Iterator[None]:
+    """Remove the control groups that runtimes leave: those above the containers' own, which nobody else removes."""
+    before = _found_groups()
+    yield
+    for group in sorted(_found_groups() - before, reverse=True):
+        group.rmdir()
+
+
+def _found_groups() -> set[Path]:
+    names = (NAMESPACE, ELSEWHERE, BUILDKIT)
+    tops = [top for name in names for top in (*CGROUPS.glob(name), *CGROUPS.glob(f"*/{name}")) if not top.is_symlink()]
+    return {*tops, *(path for top in tops for path in top.rglob("*") if path.is_dir())}
+
+
+def left(containerd: Containerd) -> set[str]:
+    """Mounts and directories of the snapshotter."""
+    top = containerd.machine.path(ROOT)
+    directories = {f"directory {path.relative_to(top)}" for path in top.rglob("*") if path.is_dir()}
+    return directories | {f"mount {target}" for target in containerd.machine.mounts(ROOT)}
+
+
+def assert_reclaimed(containerd: Containerd, before: set[str]) -> None:
+    """Fail unless nothing is there that was not there before; reclaiming may go on in the background for a while."""
+    deadline = time.monotonic() + RECLAIM_TIMEOUT
+    while left(containerd) - before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert sorted(left(containerd) - before) == []
