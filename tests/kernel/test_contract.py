@@ -13,11 +13,12 @@ from hpmapper.drivers.base import Driver
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.drivers.vfs import VfsDriver
-from hpmapper.kernel import loop, mount
-from hpmapper.pool import filesystem
+from hpmapper.kernel import loop, mount, qgroup
 from hpmapper.pool.base import MIB, PoolConfig, PoolFs, PoolKind
 from hpmapper.pool.loop import LoopPool
+from hpmapper.pool.tools import run_tool
 from hpmapper.testing import contract
+from hpmapper.testing.contract import limits
 
 pytestmark = [pytest.mark.kernel]
 
@@ -39,20 +40,32 @@ def _hpmapper(fs: PoolFs) -> Callable[[Path], Iterator[Driver]]:
     return make
 
 
-def _on_xfs(make: Factory) -> Callable[[Path], Iterator[Driver]]:
-    def on_xfs(directory: Path) -> Iterator[Driver]:
-        image, target = directory / "xfs.img", directory / "xfs"
+def _on(fstype: str, make: Factory, *mkfs: str, **options: None) -> Callable[[Path], Iterator[Driver]]:
+    """A driver in a directory of a file system that is there already."""
+
+    def on_it(directory: Path) -> Iterator[Driver]:
+        image, target = directory / "image", directory / "place"
         target.mkdir()
         image.touch()
         os.truncate(image, _SIZE)
-        filesystem.make(PoolFs.XFS, image, "6ba7b811-9dad-11d1-80b4-00c04fd430c8")
+        run_tool([*mkfs, image])
         with loop.attached(image, block_size=4096) as device:
-            mount.filesystem("xfs", device, target, options={"nouuid": None})
+            try:
+                mount.filesystem(fstype, device, target, options=options)
+            except OSError as error:
+                pytest.skip(f"this kernel cannot mount {fstype} with {', '.join(options)}: {error.strerror}")
+        if fstype == "btrfs":
+            qgroup.enable_simple(target)
         yield make(target / "data")
         mount.umount(target)
         image.unlink()
 
-    return on_xfs
+    return on_it
+
+
+_XFS = ("mkfs.xfs", "-q", "-s", "size=4096", "-m", "reflink=1")
+_BTRFS = ("mkfs.btrfs", "-q")
+_EXT4 = ("mkfs.ext4", "-q", "-b", "4096", "-O", "quota,project", "-E", "quotatype=prjquota")
 
 
 def _on_host(make: Factory) -> Callable[[Path], Iterator[Driver]]:
@@ -65,10 +78,21 @@ def _on_host(make: Factory) -> Callable[[Path], Iterator[Driver]]:
 DRIVERS = {
     "hpmapper-xfs": _hpmapper(PoolFs.XFS),
     "hpmapper-btrfs": _hpmapper(PoolFs.BTRFS),
-    "overlay-xfs": _on_xfs(OverlayDriver),
+    "overlay-xfs": _on("xfs", OverlayDriver, *_XFS),
     "overlay-host": _on_host(OverlayDriver),
-    "vfs-xfs": _on_xfs(VfsDriver),
+    "vfs-xfs": _on("xfs", VfsDriver, *_XFS),
 }
+
+LIMITED = {
+    "hpmapper-xfs": _hpmapper(PoolFs.XFS),
+    "overlay-xfs": _on("xfs", OverlayDriver, *_XFS, prjquota=None),
+    "vfs-xfs": _on("xfs", VfsDriver, *_XFS, prjquota=None),
+    "overlay-btrfs": _on("btrfs", OverlayDriver, *_BTRFS),
+    "vfs-btrfs": _on("btrfs", VfsDriver, *_BTRFS),
+    "overlay-ext4": _on("ext4", OverlayDriver, *_EXT4, prjquota=None),
+    "vfs-ext4": _on("ext4", VfsDriver, *_EXT4, prjquota=None),
+}
+"""On file systems with quotas; project quota is what many hosts' kernels do not have."""
 
 
 @pytest.fixture(scope="module", params=DRIVERS)
@@ -78,10 +102,30 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield made
 
 
+@pytest.fixture(scope="module", params=LIMITED)
+def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """A driver that must be able to limit sizes, or says why this kernel cannot."""
+    with contextmanager(LIMITED[request.param])(tmp_path_factory.mktemp(request.param)) as made:
+        made.attach()
+        if not made.capabilities.size_limits:
+            pytest.skip("this kernel has no project quota")
+        yield made
+
+
 @pytest.mark.parametrize("case", contract.CASES, ids=contract.name_of)
 def test_contract(driver: Driver, case: contract.Case, tmp_path: Path) -> None:
+    _run(case, driver, tmp_path)
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize("case", limits.CASES, ids=contract.name_of)
+def test_limits(limited: Driver, case: contract.Case, tmp_path: Path) -> None:
+    _run(case, limited, tmp_path)
+
+
+def _run(case: contract.Case, driver: Driver, directory: Path) -> None:
     try:
-        with contract.subject(driver, tmp_path) as subject:
+        with contract.subject(driver, directory) as subject:
             case(subject)
     except contract.NotApplicable as reason:
         pytest.skip(str(reason))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hpmapper.drivers import limits
+from hpmapper.drivers.overlay import OverlayDriver
+from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import fs, loop, mount, quota
+from hpmapper.model import SnapshotId
 from hpmapper.pool.base import MIB
 
 pytestmark = [pytest.mark.kernel, pytest.mark.guest]
@@ -73,22 +77,48 @@ def test_what_was_deleted_is_free_again(place: Path) -> None:
     assert quota.project_quota(place, PROJECT).size < MIB
 
 
-_WRITER = """
-import errno
-done = 0
-try:
-    with open("file", "wb", buffering=0) as file:
-        while done < {most}:
-            done += file.write(bytes(65536))
-except OSError as error:
-    assert error.errno in (errno.EDQUOT, errno.ENOSPC), error
-print(done)
-"""
+def test_nothing_of_a_limit_is_left(place: Path) -> None:
+    drivers = [OverlayDriver(place / name) for name in ("one", "two")]
+    projects = set()
+    for driver in drivers:
+        driver.attach()
+        driver.prepare(SnapshotId(1), [], size=LIMIT)
+        top = driver.home / "a/1"
+        projects.add(fs.get_fsxattr(top).projid)
+        assert limits.limit_of(top) == LIMIT == quota.project_quota(place, fs.get_fsxattr(top).projid).limit
+    assert len(projects) == 2, "two roots on one file system took the same project"
+    assert all(limits.FIRST_PROJECT <= project <= limits.LAST_PROJECT for project in projects)
+    for driver in drivers:
+        driver.remove(SnapshotId(1))
+    assert [quota.project_quota(place, project).limit for project in projects] == [0, 0]
+
+
+def test_a_project_of_somebody_else_is_not_taken(place: Path) -> None:
+    driver = OverlayDriver(place / "data")
+    driver.attach()
+    driver.prepare(SnapshotId(1), [], size=LIMIT)
+    theirs = fs.get_fsxattr(place / "data/a/1").projid + 1
+    quota.set_project_limit(place, theirs, LIMIT)
+    with pytest.raises(FailedPrecondition, match=str(theirs)):
+        driver.prepare(SnapshotId(2), [], size=LIMIT)
+    driver.remove(SnapshotId(2))
+    driver.prepare(SnapshotId(3), [], size=LIMIT)
+
+
+def test_a_limit_that_is_not_enforced_any_more_is_not_passed_over(place: Path) -> None:
+    driver = OverlayDriver(place / "data")
+    driver.attach()
+    driver.prepare(SnapshotId(1), [], size=LIMIT)
+    quota.set_project_limit(place, fs.get_fsxattr(place / "data/a/1").projid, 0)
+    with pytest.raises(FailedPrecondition, match="not enforced any more"):
+        driver.mount(SnapshotId(1), [])
 
 
 def _fill(directory: Path, most: int = 2 * LIMIT) -> int:
     """Write a file as nobody, who has no capability to pass limits (ext4); returns the bytes that were taken."""
     directory.chmod(0o777)
-    command = [sys.executable, "-I", "-c", _WRITER.format(most=most)]
-    done = subprocess.run(command, cwd=directory, user=65534, check=True, stdout=subprocess.PIPE)
-    return int(done.stdout)
+    command = ["dd", "if=/dev/zero", "of=file", "bs=64K", f"count={most >> 16}"]
+    done = subprocess.run(command, cwd=directory, user=65534, check=False, capture_output=True)
+    refusals = (os.strerror(number).encode() for number in (errno.EDQUOT, errno.ENOSPC))
+    assert done.returncode == 0 or any(refusal in done.stderr for refusal in refusals), done.stderr
+    return (directory / "file").stat().st_size

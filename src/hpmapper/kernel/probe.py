@@ -391,7 +391,7 @@ PROBES: tuple[_Probe, ...] = (
     _Probe(
         "project-quota",
         "size limits for single containers",
-        "XFS mounted with prjquota, on a kernel with CONFIG_XFS_QUOTA",
+        "XFS or ext4 mounted with prjquota, on a kernel with CONFIG_XFS_QUOTA or CONFIG_QFMT_V2; or btrfs instead",
         _project_quota,
     ),
     _Probe(

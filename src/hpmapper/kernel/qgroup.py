@@ -109,9 +109,21 @@ def usage(path: AnyPath, group: int) -> QgroupUsage:
 
     Deleted extents count until the transaction ends, which takes up to 30 seconds or a sync.
     """
-    directory = _groups(path) / f"{group >> _LEVEL_SHIFT}_{group & (1 << _LEVEL_SHIFT) - 1}"
+    directory = _group(path, group)
     exclusive, reserved = (int((directory / name).read_text()) for name in ("exclusive", "rsv_data"))
     return QgroupUsage(exclusive, reserved)
+
+
+def limit(path: AnyPath, group: int) -> int:
+    """The limit that `set_limit` gave a group, in bytes; 0: none, or no such group."""
+    try:
+        return int((_group(path, group) / "max_exclusive").read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _group(path: AnyPath, group: int) -> Path:
+    return _groups(path) / f"{group >> _LEVEL_SHIFT}_{group & (1 << _LEVEL_SHIFT) - 1}"
 
 
 def _groups(path: AnyPath) -> Path:
