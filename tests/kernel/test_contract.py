@@ -84,15 +84,19 @@ DRIVERS = {
 }
 
 LIMITED = {
+    "overlay-btrfs": _on("btrfs", OverlayDriver, *_BTRFS),
+    "vfs-btrfs": _on("btrfs", VfsDriver, *_BTRFS),
+}
+"""On file systems with quotas switched on."""
+
+LIMITED_BY_PROJECT = {
     "hpmapper-xfs": _hpmapper(PoolFs.XFS),
     "overlay-xfs": _on("xfs", OverlayDriver, *_XFS, prjquota=None),
     "vfs-xfs": _on("xfs", VfsDriver, *_XFS, prjquota=None),
-    "overlay-btrfs": _on("btrfs", OverlayDriver, *_BTRFS),
-    "vfs-btrfs": _on("btrfs", VfsDriver, *_BTRFS),
     "overlay-ext4": _on("ext4", OverlayDriver, *_EXT4, prjquota=None),
     "vfs-ext4": _on("ext4", VfsDriver, *_EXT4, prjquota=None),
 }
-"""On file systems with quotas; project quota is what many hosts' kernels do not have."""
+"""The same with project quota, which many hosts' kernels do not have."""
 
 
 @pytest.fixture(scope="module", params=DRIVERS)
@@ -102,10 +106,14 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield made
 
 
-@pytest.fixture(scope="module", params=LIMITED)
+@pytest.fixture(
+    scope="module",
+    params=[*LIMITED, *(pytest.param(name, marks=pytest.mark.guest("quota")) for name in LIMITED_BY_PROJECT)],
+)
 def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """A driver that must be able to limit sizes, or says why this kernel cannot."""
-    with contextmanager(LIMITED[request.param])(tmp_path_factory.mktemp(request.param)) as made:
+    make = {**LIMITED, **LIMITED_BY_PROJECT}[request.param]
+    with contextmanager(make)(tmp_path_factory.mktemp(request.param)) as made:
         made.attach()
         if not made.capabilities.size_limits:
             pytest.skip("this kernel has no project quota")
@@ -117,7 +125,6 @@ def test_contract(driver: Driver, case: contract.Case, tmp_path: Path) -> None:
     _run(case, driver, tmp_path)
 
 
-@pytest.mark.guest
 @pytest.mark.parametrize("case", limits.CASES, ids=contract.name_of)
 def test_limits(limited: Driver, case: contract.Case, tmp_path: Path) -> None:
     _run(case, limited, tmp_path)
