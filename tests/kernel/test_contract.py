@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from hpmapper.drivers.base import Driver
+from hpmapper.drivers.btrfs import BtrfsDriver
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.drivers.vfs import VfsDriver
 from hpmapper.kernel import loop, mount, qgroup
-from hpmapper.pool.base import MIB, PoolConfig, PoolFs, PoolKind
+from hpmapper.pool.base import MIB, Pool, PoolConfig, PoolFs, PoolKind
+from hpmapper.pool.directory import DirectoryPool
 from hpmapper.pool.loop import LoopPool
 from hpmapper.pool.tools import run_tool
 from hpmapper.testing import contract
@@ -27,11 +29,11 @@ Factory = Callable[[Path], Driver]
 _SIZE = 1024 * MIB
 
 
-def _hpmapper(fs: PoolFs) -> Callable[[Path], Iterator[Driver]]:
+def _on_pool(make_driver: Callable[[Pool], Driver], fs: PoolFs) -> Callable[[Path], Iterator[Driver]]:
     def make(directory: Path) -> Iterator[Driver]:
         pool = LoopPool(directory, PoolConfig(kind=PoolKind.LOOP, fs=fs, size=_SIZE))
         pool.create()
-        driver = HpmapperDriver(pool)
+        driver = make_driver(pool)
         driver.attach()
         yield driver
         driver.detach()
@@ -75,9 +77,17 @@ def _on_host(make: Factory) -> Callable[[Path], Iterator[Driver]]:
     return on_host
 
 
+def _btrfs_in(place: Path) -> Driver:
+    pool = DirectoryPool(place.parent, PoolConfig(kind=PoolKind.DIRECTORY, directory=place))
+    pool.create()
+    return BtrfsDriver(pool)
+
+
 DRIVERS = {
-    "hpmapper-xfs": _hpmapper(PoolFs.XFS),
-    "hpmapper-btrfs": _hpmapper(PoolFs.BTRFS),
+    "hpmapper-xfs": _on_pool(HpmapperDriver, PoolFs.XFS),
+    "hpmapper-btrfs": _on_pool(HpmapperDriver, PoolFs.BTRFS),
+    "btrfs": _on_pool(BtrfsDriver, PoolFs.BTRFS),
+    "btrfs-directory": _on("btrfs", _btrfs_in, *_BTRFS),
     "overlay-xfs": _on("xfs", OverlayDriver, *_XFS),
     "overlay-host": _on_host(OverlayDriver),
     "vfs-xfs": _on("xfs", VfsDriver, *_XFS),
@@ -90,7 +100,7 @@ LIMITED = {
 """On file systems with quotas switched on."""
 
 LIMITED_BY_PROJECT = {
-    "hpmapper-xfs": _hpmapper(PoolFs.XFS),
+    "hpmapper-xfs": _on_pool(HpmapperDriver, PoolFs.XFS),
     "overlay-xfs": _on("xfs", OverlayDriver, *_XFS, prjquota=None),
     "vfs-xfs": _on("xfs", VfsDriver, *_XFS, prjquota=None),
     "overlay-ext4": _on("ext4", OverlayDriver, *_EXT4, prjquota=None),

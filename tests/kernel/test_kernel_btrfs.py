@@ -102,7 +102,7 @@ def test_a_tree_is_read_whole_or_since(pool: Path) -> None:
     assert btrfs.count_inodes(base) == 3001
     sync.syncfs(base)
     btrfs.snapshot(base, pool / "copy")
-    since = btrfs.subvolume(pool / "copy").generation
+    since = btrfs.subvolume(pool / "copy").born
     (pool / "copy" / "new").touch()
     with opened(pool / "copy") as fd:
         newer = list(btrfs.search(fd, 0, newer_than=since))

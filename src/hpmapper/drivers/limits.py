@@ -34,15 +34,18 @@ class Limits(Protocol):
     """What a file system has for limits. Everything may be asked again after it was cut short."""
 
     available: bool
-    """Whether there is anything: else only `make` may be called, which says what is missing."""
+    """Whether there is anything: else only `check`, `make` and `lift` may be called."""
 
-    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
-        """Make the directory `top`, which can hold `size` bytes.
+    def check(self, size: int) -> None:
+        """Refuse a limit that cannot be.
 
         Raises:
             Unsupported: the file system has no limits; the hint says how to get them.
             InvalidArgument: the size is too small.
         """
+
+    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
+        """Make the directory `top`, which can hold `size` bytes; raises as `check`."""
 
     def is_in_force(self, top: Path) -> bool:
         """Whether the file system holds a directory to the limit that `make` gave it, or another since."""
@@ -127,10 +130,13 @@ class _No:
     def __init__(self, home: Path, why: str, how: str) -> None:
         self._home, self._why, self._how = home, why, how
 
-    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
+    def check(self, size: int) -> None:
         _check(size)
         kind = fs.filesystem_name(self._home)
         raise Unsupported(f"{kind} at {self._home} cannot limit sizes: {self._why}", hint=self._how)
+
+    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
+        self.check(size)
 
     def is_in_force(self, top: Path) -> bool:
         return False
@@ -154,8 +160,11 @@ class _Projects:
     def __init__(self, home: Path) -> None:
         self._home = home
 
-    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
+    def check(self, size: int) -> None:
         _check(size)
+
+    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
+        self.check(size)
         project = self._project(snapshot)
         top.mkdir(mode=0o700, exist_ok=True)
         if fs.get_fsxattr(top).projid != project:
@@ -203,8 +212,11 @@ class _Groups:
     def __init__(self, home: Path) -> None:
         self._home = home
 
-    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
+    def check(self, size: int) -> None:
         _check(size)
+
+    def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
+        self.check(size)
         if qgroup.mode(self._home) is qgroup.Mode.NONE:
             qgroup.enable_simple(self._home)
         if not top.exists():

@@ -25,6 +25,8 @@ _SNAP_CREATE_V2 = iow(_MAGIC, 23, 4096)
 _SUBVOL_CREATE_V2 = iow(_MAGIC, 24, 4096)
 _SUBVOL_GETFLAGS = ior(_MAGIC, 25, 8)
 _SUBVOL_SETFLAGS = iow(_MAGIC, 26, 8)
+_WAIT_SYNC = iow(_MAGIC, 22, 8)
+_START_SYNC = ior(_MAGIC, 24, 8)
 _GET_SUBVOL_INFO = ior(_MAGIC, 60, 504)
 _SNAP_DESTROY_V2 = iow(_MAGIC, 63, 4096)
 
@@ -33,7 +35,11 @@ _VOL_ARGS_V2 = struct.Struct("=qQQ32x4040s")
 _VOL_ARGS_V2_BY_ID = struct.Struct("=qQQ32xQ4032x")
 _SEARCH_ARGS = struct.Struct("=7Q4I4QQ")  # struct btrfs_ioctl_search_key, and buf_size
 _SEARCH_HEADER = struct.Struct("=QQQII")
-_SUBVOL_INFO = struct.Struct("=Q256sQQQQ208x")
+_SUBVOL_INFO = struct.Struct("=Q256sQQQQ16s16s16xQQ144x")
+_INODE_ITEM = struct.Struct("=QQ")  # the beginning: the transactions that made it, and that last changed it
+_EXTENT_DATA = struct.Struct("=QQBBHB")  # the fixed part of struct btrfs_file_extent_item
+_EXTENT_PLACE = struct.Struct("=Q16xQ")  # what follows it, unless the data does: address on disk, length in the file
+_INODE_EXTREF = struct.Struct("=QQH")
 
 _SUBVOL_RDONLY = 1 << 1
 _ROOT_SUBVOL_RDONLY = 1 << 0
@@ -41,18 +47,31 @@ _SUBVOL_SPEC_BY_ID = 1 << 4
 _FIRST_FREE_OBJECTID = 256
 _ROOT_TREE = 1
 _INODE_ITEM_KEY = 1
+_INODE_REF_KEY = 12
+_INODE_EXTREF_KEY = 13
+_EXTENT_DATA_KEY = 108
+_EXTENT_INLINE = 0
 _ROOT_REF_KEY = 156
 _MOST = 2**64 - 1
 _SEARCH_BUFFER = 1 << 16
 
 
 class Subvolume(NamedTuple):
-    """One subvolume: its number, its parent's, when (in transactions) it last changed, whether it can be changed."""
+    """One subvolume.
+
+    Attributes:
+        id, parent: its number, and that of the one that it lies in.
+        read_only: whether it cannot be changed.
+        uuid, source: its own, and that of the subvolume that it is a snapshot of; zeros for none.
+        born: the transaction that made it. What a snapshot got from its source was written in it or before.
+    """
 
     id: int
     parent: int
-    generation: int
     read_only: bool
+    uuid: bytes
+    source: bytes
+    born: int
 
 
 class Item(NamedTuple):
@@ -104,8 +123,8 @@ def subvolume(path: AnyPath | int) -> Subvolume:
     value = bytearray(504)
     with opened(path) as fd:
         ioctl(fd, _GET_SUBVOL_INFO, value)
-    number, _, parent, _, generation, flags = _SUBVOL_INFO.unpack(value)
-    return Subvolume(number, parent, generation, bool(flags & _ROOT_SUBVOL_RDONLY))
+    number, _, parent, _, _, flags, uuid, source, _, born = _SUBVOL_INFO.unpack(value)
+    return Subvolume(number, parent, bool(flags & _ROOT_SUBVOL_RDONLY), uuid, source, born)
 
 
 def nested(path: AnyPath | int, number: int) -> list[int]:
@@ -115,7 +134,7 @@ def nested(path: AnyPath | int, number: int) -> list[int]:
         pending = [number]
         while pending:
             here = pending.pop()
-            inner = [item.offset for item in search(fd, _ROOT_TREE, objectid=here, type=_ROOT_REF_KEY)]
+            inner = [item.offset for item in search(fd, _ROOT_TREE, here, (_ROOT_REF_KEY, _ROOT_REF_KEY))]
             found += inner
             pending += inner
     return found
@@ -142,19 +161,87 @@ def count_inodes(path: AnyPath | int) -> int:
         return sum(item.type == _INODE_ITEM_KEY for tree in trees for item in search(fd, tree))
 
 
+def commit(path: AnyPath | int) -> None:
+    """End the present transaction: what was changed can be found in the trees. Unlike syncfs, no data is written."""
+    with opened(path) as fd:
+        transaction = bytearray(8)
+        ioctl(fd, _START_SYNC, transaction)
+        ioctl(fd, _WAIT_SYNC, transaction)
+
+
+def changed_inodes(path: AnyPath | int, since: int) -> set[int]:
+    """The inodes of a subvolume that were made or changed after a transaction, and the directories above them.
+
+    Whatever changes a file changes its inode: data and attributes by its times, a name by the directory's. The cost is
+    that of what was changed, not of what is there.
+    """
+    with opened(path) as fd:
+        commit(fd)
+        changed = set()
+        for item in search(fd, 0, newer_than=since):
+            if item.type == _INODE_ITEM_KEY and _INODE_ITEM.unpack_from(item.data)[1] > since:
+                changed.add(item.objectid)
+        pending = list(changed)
+        while pending:
+            for parent in _parents(fd, pending.pop()):
+                if parent not in changed:
+                    changed.add(parent)
+                    pending.append(parent)
+    return changed
+
+
+def _parents(fd: int, inode: int) -> Iterator[int]:
+    """The directories that have names of an inode."""
+    for item in search(fd, 0, inode, (_INODE_REF_KEY, _INODE_EXTREF_KEY)):
+        if item.type == _INODE_REF_KEY:
+            yield item.offset
+        else:  # many names, of which several may have one hash
+            position = 0
+            while position < len(item.data):
+                parent, _, length = _INODE_EXTREF.unpack_from(item.data, position)
+                position += _INODE_EXTREF.size + length
+                yield parent
+
+
+def written_since(path: AnyPath | int, since: int) -> tuple[int, int]:
+    """Bytes of data that a subvolume's files got, and inodes that were made, after a transaction and are still there.
+
+    What lies in memory only does not count yet. The cost is that of what was changed.
+    """
+    size = inodes = 0
+    with opened(path) as fd:
+        for item in search(fd, 0, newer_than=since):
+            if item.type == _INODE_ITEM_KEY:
+                inodes += _INODE_ITEM.unpack_from(item.data)[0] > since
+            elif item.type == _EXTENT_DATA_KEY:
+                size += _new_bytes(item.data, since)
+    return size, inodes
+
+
+def _new_bytes(extent: memoryview, since: int) -> int:
+    generation, _, _, _, _, kind = _EXTENT_DATA.unpack_from(extent)
+    if generation <= since:
+        return 0
+    if kind == _EXTENT_INLINE:
+        return len(extent) - _EXTENT_DATA.size
+    address, length = _EXTENT_PLACE.unpack_from(extent, _EXTENT_DATA.size)
+    return length if address else 0  # else a hole
+
+
 def search(
-    fd: int, tree: int, *, objectid: int | None = None, type: int | None = None, newer_than: int = 0
+    fd: int, tree: int, objectid: int | None = None, types: tuple[int, int] = (0, 255), *, newer_than: int = 0
 ) -> Iterator[Item]:
     """Yield a tree's items in key order; 0: of the subvolume that `fd` is on. An item lives until the next is asked.
 
     Args:
-        objectid, type: only the items of that object, and of that type.
+        objectid: only the items of that object.
+        types: and of it only those of these types, the first and the last.
         newer_than: only those in leaves written after that transaction. The kernel passes over what is older, so the
             cost is that of what has changed.
     """
     first, last = (0 if tree == _ROOT_TREE else _FIRST_FREE_OBJECTID, 0, 0), (_MOST, 255)
     if objectid is not None:
-        first, last = (objectid, type or 0, 0), (objectid, 255 if type is None else type)
+        first, last = (objectid, types[0], 0), (objectid, types[1])
     while True:
         buffer = bytearray(_SEARCH_ARGS.size + _SEARCH_BUFFER)
         ids, offsets, transids = (first[0], last[0]), (first[2], _MOST), (newer_than + 1, _MOST)
@@ -192,3 +279,12 @@ def _split(path: AnyPath) -> tuple[bytes, bytes]:
     if not name or len(name) > 255:
         raise OSError(errno.EINVAL, "not a subvolume's name", os.fsdecode(path))
     return parent or b".", name
+
+
+def delete_subvolumes_in(directory: AnyPath) -> None:
+    """Delete the subvolumes in a directory, at whatever depth; all else stays. On other file systems there are none."""
+    for here, names, _ in os.walk(os.fsencode(directory)):
+        for name in list(names):
+            if is_subvolume(here + b"/" + name):
+                delete_subvolume(here + b"/" + name)
+                names.remove(name)
