@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpmapper.config import Config
 from hpmapper.drivers.btrfs import BtrfsDriver
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.kernel import btrfs, sync
@@ -20,6 +21,7 @@ from hpmapper.layer.stream import Expected
 from hpmapper.model import SnapshotId
 from hpmapper.pool.base import MIB, PoolConfig, PoolFs, PoolKind
 from hpmapper.pool.loop import LoopPool
+from hpmapper.root import open_root, remove_root
 from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import folder, member, tar
 from hpmapper.testing.trees import (
@@ -203,3 +205,20 @@ def test_a_pool_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="is xfs, not btrfs"):
         BtrfsDriver(pool).attach()
     pool.destroy()
+
+
+def test_a_root_on_btrfs_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Without a loop device; and removed with all its subvolumes, read-only ones too."""
+    host = LoopPool(tmp_path, PoolConfig(kind=PoolKind.LOOP, fs=PoolFs.BTRFS, size=300 * MIB))
+    host.create()
+    config = Config(root=host.attach() / "root", driver="btrfs")
+    with open_root(config) as opened:
+        assert opened.pool is not None
+        assert opened.pool.config.kind is PoolKind.DIRECTORY
+        layer = opened.engine.ingest(None, io.BytesIO(tar(member(b"f"))), Expected()).snapshot
+        opened.engine.mount(opened.engine.prepare("one", layer))
+    assert len(btrfs.nested(host.path, 5)) == 2
+    remove_root(config, force=True)
+    assert btrfs.nested(host.path, 5) == []
+    assert os.listdir(host.path) == []
+    host.destroy()
