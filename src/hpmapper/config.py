@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from hpmapper.drivers.registry import DRIVERS, POOL_OPTIONS, by_name, nearest
+from hpmapper.drivers.registry import DRIVERS, POOL_OPTIONS, Registered, by_name, nearest
 from hpmapper.errors import InvalidArgument, NotFound
+from hpmapper.kernel.fs import filesystem_name
 from hpmapper.pool.base import PoolConfig, PoolFs, PoolKind, parse_size
 from hpmapper.pool.floor import DEFAULT_FLOOR, Floor, parse_floor
 
@@ -55,26 +56,43 @@ class Config:
             options[_known(name)] = value
         return replace(self, options=options)
 
-    def pool(self) -> PoolConfig:
-        """The pool to make, where there is none yet.
+    def pool(self, registered: Registered | None = None) -> PoolConfig:
+        """The pool to make for a driver, where there is none yet.
+
+        A driver that needs a certain file system takes the root directory's, if it is that and nothing else was asked.
 
         Raises:
-            InvalidArgument: a value is none of its kind.
+            InvalidArgument: a value is none of its kind, or not what the driver needs.
         """
         device, directory = self.options.get("pool.device"), self.options.get("pool.directory")
         default = PoolKind.DIRECT if device else PoolKind.DIRECTORY if directory else PoolKind.LOOP
+        needed = registered.pool_fs if registered else None
+        if needed and "pool.size" not in self.options and _kind_of(self.root) == needed and not device:
+            default = PoolKind.DIRECTORY
+        fs = _one_of(PoolFs, self.options.get("pool.fs", needed or PoolFs.XFS), "pool.fs")
+        if registered and needed and fs is not needed:
+            raise InvalidArgument(f"the {registered.name} driver needs a pool with {needed}, not {fs}")
         return PoolConfig(
             kind=_one_of(PoolKind, self.options.get("pool.kind", default), "pool.kind"),
-            fs=_one_of(PoolFs, self.options.get("pool.fs", PoolFs.XFS), "pool.fs"),
+            fs=fs,
             size=parse_size(self.options["pool.size"]) if "pool.size" in self.options else 0,
             device=Path(device) if device else None,
             directory=Path(directory) if directory else None,
         )
 
+    def own_options(self, driver: Registered) -> dict[str, str]:
+        """The options that are the driver's own."""
+        return {name: value for name, value in self.options.items() if name in driver.options}
+
     def floor(self) -> Floor:
         """The space to keep free."""
         text = self.options.get("min_free_space")
         return parse_floor(text) if text is not None else DEFAULT_FLOOR
+
+
+def _kind_of(root: Path) -> str:
+    """The file system that a root directory lies on, or will."""
+    return filesystem_name(next(path for path in (root, *root.absolute().parents) if path.is_dir()))
 
 
 def _one_of(kind: type[_Choice], text: str, option: str) -> _Choice:

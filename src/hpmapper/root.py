@@ -59,7 +59,7 @@ def open_root(config: Config, *, create: bool = True) -> Iterator[Opened]:
     try:
         registered, pool_config = _settle(config, db, create=create)
         pool = open_pool(config.root, pool_config) if registered.needs_pool else None
-        driver = registered.make(config.root, pool_config)
+        driver = registered.make(config.root, pool_config, config.own_options(registered))
         driver.attach()
     except BaseException:
         db.close()
@@ -157,17 +157,17 @@ def _settle(config: Config, db: Database, *, create: bool) -> tuple[Registered, 
 
 
 def _make(config: Config, db: Database, *, force: bool = False) -> tuple[Registered, PoolConfig]:
-    wanted = config.pool()
     if config.driver is None:
-        registered, verdicts = registry.choose(config.root, wanted)
+        registered, verdicts = registry.choose(config.root, config.pool)
         for name, verdict in verdicts.items():
             if not verdict.works:
                 log.warning("storage driver %s does not work here: %s", name, verdict.why)
     else:
         registered = registry.by_name(config.driver)
-        verdict = registry.probe(registered, config.root, wanted)
+        verdict = registry.probe(registered, config.root, config.pool(registered))
         if not verdict.works:
             raise Unsupported(f"storage driver {registered.name} does not work here: {verdict.why}")
+    wanted = config.pool(registered)
     if registered.needs_pool:
         wanted = _make_pool(config.root, db, wanted, force=force)
     faults.point("root.storage-made")
@@ -208,7 +208,7 @@ def _remove_storage(config: Config, db: Database) -> None:
     pool_config = PoolConfig.from_dict(json.loads(stored)) if stored else config.pool()
     registered = registry.by_name(name) if name else None
     if registered:
-        driver = registered.make(config.root, pool_config)
+        driver = registered.make(config.root, pool_config, config.own_options(registered))
         _require_unused(driver.scratch)
         driver.detach()
     if stored:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpmapper.config import DEFAULT_ROOT, Config, load
+from hpmapper.drivers.registry import by_name
 from hpmapper.errors import InvalidArgument, NotFound
 from hpmapper.pool.base import GIB, PoolFs, PoolKind
 from hpmapper.pool.floor import DEFAULT_FLOOR, Floor
@@ -93,3 +94,12 @@ def test_json_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InvalidArgument):
         load(path)
+
+
+def test_a_driver_gets_the_file_system_it_needs(tmp_path: Path) -> None:
+    config = Config(root=tmp_path / "not-there-yet")
+    assert config.pool(by_name("btrfs")).fs is PoolFs.BTRFS
+    assert config.pool(by_name("hpmapper")).fs is PoolFs.XFS
+    assert config.with_options(["pool.size=1G"]).pool(by_name("btrfs")).kind is PoolKind.LOOP
+    with pytest.raises(InvalidArgument, match="btrfs driver needs a pool with btrfs, not xfs"):
+        config.with_options(["pool.fs=xfs"]).pool(by_name("btrfs"))

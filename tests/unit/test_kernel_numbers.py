@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from hpmapper.kernel import clone, fiemap, fs, syscall
+from hpmapper.kernel import btrfs, clone, fiemap, fs, qgroup, quota, syscall
 from hpmapper.kernel.mountinfo import parse_mount, unescape
 
 
@@ -26,6 +26,19 @@ from hpmapper.kernel.mountinfo import parse_mount, unescape
         (fs._XFS_IOC_FSGEOMETRY_V4, 0x8070587C),
         (fs._XFS_IOC_FSGROWFSDATA, 0x4010586E),
         (fs._BTRFS_IOC_RESIZE, 0x50009403),
+        (btrfs._SNAP_DESTROY, 0x5000940F),
+        (btrfs._TREE_SEARCH_V2, 0xC0709411),
+        (btrfs._SNAP_CREATE_V2, 0x50009417),
+        (btrfs._SUBVOL_CREATE_V2, 0x50009418),
+        (btrfs._SUBVOL_GETFLAGS, 0x80089419),
+        (btrfs._SUBVOL_SETFLAGS, 0x4008941A),
+        (btrfs._GET_SUBVOL_INFO, 0x81F8943C),
+        (btrfs._SNAP_DESTROY_V2, 0x5000943F),
+        (qgroup._FS_INFO, 0x8400941F),
+        (qgroup._QUOTA_CTL, 0xC0109428),
+        (qgroup._QGROUP_ASSIGN, 0x40189429),
+        (qgroup._QGROUP_CREATE, 0x4010942A),
+        (qgroup._QGROUP_LIMIT, 0x8030942B),
     ],
 )
 def test_ioctl_numbers(computed: int, known: int) -> None:
@@ -37,6 +50,10 @@ def test_records_have_the_kernels_sizes() -> None:
     assert fs._FSXATTR.size == 28
     assert fiemap._EXTENT.size == 56
     assert clone._DEDUPE_TARGET.size == 32
+    assert quota._FS_DISK_QUOTA.size == 112
+    assert {record.size for record in (btrfs._VOL_ARGS, btrfs._VOL_ARGS_V2, btrfs._VOL_ARGS_V2_BY_ID)} == {4096}
+    assert btrfs._SEARCH_ARGS.size == 112
+    assert btrfs._SUBVOL_INFO.size == 504
 
 
 def test_a_failure_has_errno_path_and_reason() -> None:

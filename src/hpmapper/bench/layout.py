@@ -46,8 +46,8 @@ Seen = dict[str, list[float]]
 class StackedDriver(HpmapperDriver):
     """The alternative: overlayfs stacks the layers' own maps, which takes metadata-only copies (metacopy=on)."""
 
-    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
-        super().prepare(snapshot, chain, read_only=read_only)
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, size: int | None = None) -> None:
+        super().prepare(snapshot, chain, read_only=read_only, size=size)
         (self._snapshot(snapshot) / METADATA_COPIES_MARK).touch()
 
     def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:

@@ -14,6 +14,7 @@ from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.session import config_of, require_stopped, session
 from hpmapper.cli.state import State, json_option, pass_state
 from hpmapper.config import Config
+from hpmapper.drivers.registry import by_name
 from hpmapper.errors import Corrupt, InvalidArgument
 from hpmapper.meta.db import Database
 from hpmapper.pool.base import CheckReport, Pool, PoolFs, parse_size
@@ -47,9 +48,10 @@ def create(
         "pool.fs": fs,
     }
     config = config_of(state).with_options([f"{name}={value}" for name, value in asked.items() if value])
-    if config.driver not in (None, _DRIVER):
-        raise InvalidArgument(f"the driver {config.driver} has no pool", hint="leave out --storage-driver")
-    make_root(dataclasses.replace(config, driver=_DRIVER), force=force)
+    driver = by_name(config.driver or _DRIVER)
+    if not driver.needs_pool:
+        raise InvalidArgument(f"the driver {driver.name} has no pool", hint="leave out --storage-driver")
+    make_root(dataclasses.replace(config, driver=driver.name), force=force)
     with session(state), _pool(config) as (_, made):
         facts = _status(config, made)
     output.show(state, facts, lambda: _text(facts))

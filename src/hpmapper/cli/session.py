@@ -50,10 +50,10 @@ class Session:
 
     def mounted(self) -> set[SnapshotId]:
         """The snapshots whose root file system is mounted."""
-        # Every driver keeps a snapshot's storage in a directory that has its number for a name.
+        # Every driver mounts a snapshot's root at a/NUMBER/m.
         home = self.engine.driver.scratch.parent.resolve()
-        overlays = [Path(one.target).relative_to(home) for one in mounts_below(home) if one.fstype == "overlay"]
-        return {SnapshotId(int(part)) for path in overlays for part in path.parts if part.isdigit()}
+        places = (Path(one.target).relative_to(home).parts for one in mounts_below(home))
+        return {SnapshotId(int(parts[1])) for parts in places if parts[:1] == ("a",) and parts[2:] == ("m",)}
 
     def place(self, name: str) -> place.Place:
         """Where the container of that name runs."""

@@ -168,7 +168,7 @@ def drivers(state: State, directory: Path | None) -> None:
     where = _place(config, directory)
     used = _used_driver(state)
     facts = [
-        {"name": one.name, "in_use": one.name == used, **dataclasses.asdict(probe(one, where, config.pool()))}
+        {"name": one.name, "in_use": one.name == used, **dataclasses.asdict(probe(one, where, config.pool(one)))}
         for one in DRIVERS
     ]
     output.show(state, facts, lambda: "\n".join(map(_driver_line, facts)))

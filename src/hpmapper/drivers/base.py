@@ -74,6 +74,7 @@ class Capabilities:
         max_layers: layers below one snapshot.
         mounts: a snapshot's root is a mount; a driver without makes do where mounting is forbidden.
         keeps_sealed: a sealed layer is as good as an ingested one; otherwise it is ingested when there is time.
+        size_limits: what a snapshot keeps can be limited; found out by `attach`, as it depends on the file system.
     """
 
     shares_layers: bool
@@ -83,6 +84,7 @@ class Capabilities:
     max_layers: int
     mounts: bool
     keeps_sealed: bool = True
+    size_limits: bool = False
 
 
 class Fresh(NamedTuple):
@@ -202,8 +204,15 @@ class Driver(Protocol):
         `fresh` has the trees of those layers that have just been ingested; they are used up.
         """
 
-    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
-        """Make a place for a container's changes on top of a chain (which may be empty)."""
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, size: int | None = None) -> None:
+        """Make a place for a container's changes on top of a chain (which may be empty).
+
+        `size` limits what it can keep, in bytes; beyond it, writing fails with ENOSPC or EDQUOT. What counts is the
+        file system's affair: see `hpmapper.drivers.limits`.
+
+        Raises:
+            Unsupported: a size is asked for, where there are no limits. InvalidArgument: it is too small.
+        """
 
     def has(self, snapshot: SnapshotId) -> bool:
         """Whether a snapshot's storage is there. The engine has it prepared (again) if not."""
@@ -274,7 +283,10 @@ class Driver(Protocol):
         """What lies on disk."""
 
     def usage(self, snapshot: SnapshotId) -> Usage:
-        """What a snapshot alone occupies: extents shared with the image do not count."""
+        """What a snapshot alone occupies: extents shared with the image do not count.
+
+        Of one with a size limit: what counts against the limit, without reading what it keeps.
+        """
 
     def space(self) -> Space:
         """The file system's total and free bytes."""

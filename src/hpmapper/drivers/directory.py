@@ -77,18 +77,20 @@ def unpack(
     `work/layer/diff` exists and, for the dialect APPLIED, holds a copy of the layer below.
     """
     made = work / "layer"
-    sink = NumberedFiles(work / "data")
+    data = made / "data"  # in it: the layer may be a subvolume, out of which nothing can be renamed
+    sink = NumberedFiles(data)
     with LayerStream(blob, progress) as stream, (made / "tar").open("wb") as out:
         recipe = RecipeWriter(out)
         builder = LayerBuilder(below, sink, recipe)
         builder.read(stream)
         recipe.close()
         expect.verify(stream.digests)
-    _note_names(builder.root, sink.count, work / "data", made)
+    _note_names(builder.root, sink.count, data, made)
     try:
-        _Unpacker(made / "diff", work / "data", dialect).unpack(builder.root)
+        _Unpacker(made / "diff", data, dialect).unpack(builder.root)
     except OSError as error:
         raise _explained(error) from error
+    data.rmdir()
     faults.point("ingest.unpacked")
     sync.syncfs(work)
     faults.point("ingest.synced")

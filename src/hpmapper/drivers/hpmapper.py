@@ -45,7 +45,7 @@ from hpmapper.layer.recipe import RecipeWriter, replay
 from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Digests, Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId, Space
-from hpmapper.pool.base import Pool
+from hpmapper.pool.base import Pool, PoolKind
 from hpmapper.store.objects import ObjectStore, Staging
 from hpmapper.store.workspace import discard, workspace
 from hpmapper.tree import Inode
@@ -81,6 +81,9 @@ class HpmapperDriver(UpperDriver):
     def attach(self) -> None:
         self._pool.attach()
         self._make_home("o", "i")
+
+    def _owns_file_system(self) -> bool:
+        return self._pool.config.kind is not PoolKind.DIRECTORY
 
     def detach(self) -> None:
         if not self._pool.is_attached():

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, bind_spec
+from hpmapper.drivers.limits import require_in_force
 from hpmapper.drivers.upper import Stack, UpperDriver
 from hpmapper.layer.build import Below
 from hpmapper.layer.merged import Later, Merged
@@ -69,6 +70,7 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
     def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
         """The overlay itself: its layers are directories as any engine's own, so there is nothing to hide."""
         top = f"{self.home}/a/{snapshot}"
+        require_in_force(self._limits, Path(top))
         lowers = [self._tree(layer) for layer in chain]
         if not lowers:
             return bind_spec(Path(f"{top}/u"), read_only=read_only)

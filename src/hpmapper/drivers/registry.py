@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpmapper.drivers.base import Driver, Verdict
+from hpmapper.drivers.btrfs import BtrfsDriver
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.drivers.vfs import VfsDriver
 from hpmapper.errors import InvalidArgument, Unsupported
 from hpmapper.kernel.probe import Feature, probe_all
 from hpmapper.pool import open_pool
-from hpmapper.pool.base import PoolConfig, PoolKind
+from hpmapper.pool.base import PoolConfig, PoolFs, PoolKind, parse_size
 
 POOL_OPTIONS = ("pool.kind", "pool.size", "pool.device", "pool.directory", "pool.fs", "min_free_space")
 """Options that every driver takes; those of the pool count for a driver that needs one."""
@@ -25,23 +26,25 @@ class Registered:
     """A driver by name.
 
     Attributes:
-        make: builds it for a root directory; the pool is for those that need one.
+        make: builds it for a root directory, with its own options by name; the pool is for those that need one.
         options: names of its own storage options.
         needs: features of the host (hpmapper.kernel.probe), tried on a scratch directory in the root; of a group of
             several, one is enough.
+        pool_fs: the file system that its pool must be; None: any.
     """
 
     name: str
-    make: Callable[[Path, PoolConfig], Driver]
+    make: Callable[[Path, PoolConfig, Mapping[str, str]], Driver]
     needs: tuple[tuple[str, ...], ...]
     options: tuple[str, ...] = ()
     needs_pool: bool = False
+    pool_fs: PoolFs | None = None
 
 
 DRIVERS = (
     Registered(
         "hpmapper",
-        lambda root, pool: HpmapperDriver(open_pool(root, pool)),
+        lambda root, pool, options: HpmapperDriver(open_pool(root, pool)),
         needs=(
             ("mounting",),
             ("overlay-data-only", "overlay-data-only-metacopy"),
@@ -52,10 +55,20 @@ DRIVERS = (
     ),
     Registered(
         "overlay",
-        lambda root, pool: OverlayDriver(root / "overlay"),
+        lambda root, pool, options: OverlayDriver(root / "overlay"),
         needs=(("mounting",), ("overlay",), ("d_type",), ("trusted-xattr",)),
     ),
-    Registered("vfs", lambda root, pool: VfsDriver(root / "vfs"), needs=()),
+    Registered(
+        "btrfs",
+        lambda root, pool, options: BtrfsDriver(
+            open_pool(root, pool), min_space=parse_size(options.get("btrfs.min_space", "0"))
+        ),
+        needs=(("mounting",), ("btrfs",)),
+        options=("btrfs.min_space",),
+        needs_pool=True,
+        pool_fs=PoolFs.BTRFS,
+    ),
+    Registered("vfs", lambda root, pool, options: VfsDriver(root / "vfs"), needs=()),
 )
 """In the order in which they are preferred."""
 
@@ -88,7 +101,9 @@ def probe(registered: Registered, directory: Path, pool: PoolConfig) -> Verdict:
 
 def _groups(registered: Registered, pool: PoolConfig) -> list[tuple[str, ...]]:
     groups = list(registered.needs)
-    if registered.needs_pool:
+    if registered.pool_fs is PoolFs.BTRFS and pool.kind is PoolKind.DIRECTORY:
+        groups.append(("btrfs-subvolumes",))
+    elif registered.needs_pool:
         groups.append(_POOL_NEEDS[pool.kind])
     return groups
 
@@ -103,14 +118,17 @@ _POOL_NEEDS = {
 def _pool_features(directory: Path, pool: PoolConfig) -> dict[str, Feature]:
     chosen = pool.directory if pool.kind is PoolKind.DIRECTORY and pool.directory else directory
     place = next(path for path in (chosen, *chosen.absolute().parents) if path.is_dir())  # what is not made yet
-    return {feature.name: feature for feature in probe_all(place, ["loop-direct-io", "reflink"])}
+    return {feature.name: feature for feature in probe_all(place, ["loop-direct-io", "reflink", "btrfs-subvolumes"])}
 
 
-def choose(directory: Path, pool: PoolConfig) -> tuple[Registered, Mapping[str, Verdict]]:
-    """The first driver that works here, and the verdicts on it and those before it."""
+def choose(directory: Path, pool_of: Callable[[Registered], PoolConfig]) -> tuple[Registered, Mapping[str, Verdict]]:
+    """The first driver that works here, and the verdicts on it and those before it.
+
+    `pool_of` tells the pool that a driver would get.
+    """
     verdicts: dict[str, Verdict] = {}
     for registered in DRIVERS:
-        verdicts[registered.name] = probe(registered, directory, pool)
+        verdicts[registered.name] = probe(registered, directory, pool_of(registered))
         if verdicts[registered.name].works:
             return registered, verdicts
     raise Unsupported("no storage driver works here", hint="hpmapper doctor says what is missing")

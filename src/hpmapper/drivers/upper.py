@@ -1,6 +1,7 @@
 """What drivers share that give a container its root as an overlay mount: upper, work and merged directories.
 
     a/ID/u   what the container wrote      a/ID/w   overlayfs's own      a/ID/m   the merged root
+    a/ID/size   how much a limited one may keep (hpmapper.drivers.limits); a/ID then is a subvolume on btrfs
 
 A sealed snapshot stays where it is; its u is then a layer.
 
@@ -9,6 +10,7 @@ Nobody outside ever sees the overlay's layers: what is handed out is m (design t
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import stat
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults
-from hpmapper.drivers.base import Chain, ChainBelow, MountSpec, Stored, bind_spec
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, MountSpec, Stored, bind_spec
+from hpmapper.drivers.limits import Limits, limit_of, limits_of, require_in_force
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import fiemap, lock, mount, mountinfo, sync
 from hpmapper.layer.build import IMPLIED_ROOT, Below
@@ -56,6 +59,9 @@ class Stack(NamedTuple):
 class UpperDriver:
     """A driver's part that deals in snapshots; subclasses deal in layers."""
 
+    capabilities: Capabilities
+    _limits: Limits
+
     def __init__(self, home: Path) -> None:
         self.home = home
         self.scratch = home / "t"
@@ -83,11 +89,20 @@ class UpperDriver:
         for name in ("a", "l", "t", "empty", *more):
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         self._device = os.stat(self.home).st_dev  # each time: a pool attached again may have another
+        self._limits = limits_of(self.home, ours=self._owns_file_system())
+        self.capabilities = dataclasses.replace(self.capabilities, size_limits=self._limits.available)
+
+    def _owns_file_system(self) -> bool:
+        """Whether the file system is the driver's alone, so that it may switch its quotas on."""
+        return False
 
     # The contract: see `hpmapper.drivers.base`.
 
-    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, size: int | None = None) -> None:
         top = f"{self.home}/a/{snapshot}"  # strings: this is what starting a container waits for
+        if size is not None:
+            self._limits.make(Path(top), snapshot, size)
+            faults.point("prepare.limited")
         for directory in (top, f"{top}/w", f"{top}/m", f"{top}/u"):
             try:
                 os.mkdir(directory, 0o700)
@@ -125,6 +140,7 @@ class UpperDriver:
         top = f"{self.home}/a/{snapshot}"
         with lock.exclusive(top):  # two live mounts of one upper would corrupt it (design trap 13)
             if not self._is_mounted(f"{top}/m"):
+                require_in_force(self._limits, Path(top))
                 self._mount(top, self._stack(chain), read_only)
         return Path(top, "m")
 
@@ -149,7 +165,8 @@ class UpperDriver:
 
     def _is_mounted(self, target: str) -> bool:
         """Whether an overlay or a map is mounted at `target`: both have a device number of their own."""
-        return os.stat(target).st_dev != self._device
+        device = os.stat(target).st_dev
+        return device != self._device and device != os.stat(os.path.dirname(target)).st_dev  # so has a subvolume
 
     def unmount(self, snapshot: SnapshotId) -> None:
         unmount_path(self._snapshot(snapshot) / "m")
@@ -197,10 +214,13 @@ class UpperDriver:
     def remove(self, snapshot: SnapshotId) -> None:
         self.unmount(snapshot)
         faults.point("remove.unmounted")
+        self._limits.lift(self._snapshot(snapshot))
+        faults.point("remove.unlimited")
         discard(self._snapshot(snapshot), self.scratch)
 
     def usage(self, snapshot: SnapshotId) -> Usage:
-        return disk_usage(self._snapshot(snapshot) / "u", overlay=True)
+        top = self._snapshot(snapshot)
+        return disk_usage(top / "u", overlay=True) if limit_of(top) is None else self._limits.usage(top)
 
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))

@@ -3,11 +3,13 @@
     l/ID/diff       a layer with all below it      (hpmapper.drivers.directory)
     a/ID/m          a snapshot: a copy of its parent's diff; or a sealed layer
 
-Copies share extents where the file system can. Works where mounting is forbidden.
+Copies share extents where the file system can. A size limit counts the copy as well, but on btrfs not what it shares.
+Works where mounting is forbidden.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import BinaryIO
 from hpmapper import faults
 from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, Stored, bind_spec
+from hpmapper.drivers.limits import limit_of, limits_of, require_in_force
 from hpmapper.drivers.upper import disk_usage, numbers
 from hpmapper.kernel import sync
 from hpmapper.layer.build import Below, Nothing
@@ -54,6 +57,8 @@ class VfsDriver(directory.DirectoryLayers):
     def attach(self) -> None:
         for name in ("a", "l", "t"):
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._limits = limits_of(self.home)
+        self.capabilities = dataclasses.replace(self.capabilities, size_limits=self._limits.available)
 
     def detach(self) -> None:
         """Nothing is attached."""
@@ -73,10 +78,13 @@ class VfsDriver(directory.DirectoryLayers):
             blob, self._below(chain), work, self._layer(layer), directory.Dialect.APPLIED, expect, progress
         )
 
-    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, size: int | None = None) -> None:
         top = self._snapshot(snapshot)
         if (top / "m").exists():
             return
+        if size is not None:
+            self._limits.make(top, snapshot, size)
+            faults.point("prepare.limited")
         top.mkdir(mode=0o700, exist_ok=True)
         copy = top / "copying"
         if copy.exists():
@@ -92,7 +100,7 @@ class VfsDriver(directory.DirectoryLayers):
         return self._snapshot(snapshot) / "m"
 
     def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
-        return bind_spec(self.root(snapshot), read_only=read_only)
+        return bind_spec(self.mount(snapshot, chain), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
         return False
@@ -102,6 +110,7 @@ class VfsDriver(directory.DirectoryLayers):
         return True
 
     def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
+        require_in_force(self._limits, self._snapshot(snapshot))
         return self.root(snapshot)
 
     def unmount(self, snapshot: SnapshotId) -> None:
@@ -119,13 +128,15 @@ class VfsDriver(directory.DirectoryLayers):
         self.remove(layer)
 
     def remove(self, snapshot: SnapshotId) -> None:
+        self._limits.lift(self._snapshot(snapshot))
         discard(self._snapshot(snapshot), self.scratch)
 
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
 
     def usage(self, snapshot: SnapshotId) -> Usage:
-        return disk_usage(self._snapshot(snapshot) / "m", overlay=False)
+        top = self._snapshot(snapshot)
+        return disk_usage(top / "m", overlay=False) if limit_of(top) is None else self._limits.usage(top)
 
     def space(self) -> Space:
         return Space.of(self.home)

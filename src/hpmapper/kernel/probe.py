@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpmapper.kernel import (
+    btrfs,
     cachestat,
     clone,
     dm,
@@ -28,6 +29,7 @@ from hpmapper.kernel import (
     loop,
     mount,
     psi,
+    qgroup,
     quota,
 )
 
@@ -183,6 +185,30 @@ def _project_quota(scratch: Path) -> str:
     if not state.accounting:
         raise _Missing(f"{fs.filesystem_name(scratch)} does not count projects on this mount")
     return "counted" + (" and enforced" if state.enforcing else ", not enforced")
+
+
+def _btrfs(scratch: Path) -> str:
+    with fscontext.fsopen("btrfs", "hpmapper-probe"):
+        return "the kernel has it"
+
+
+def _subvolumes(scratch: Path) -> str:
+    one, two = scratch / "one", scratch / "two"
+    try:
+        btrfs.create_subvolume(one)
+    except OSError as error:
+        if error.errno != errno.ENOTTY:
+            raise
+        raise _Missing(f"{fs.filesystem_name(scratch)} has none") from None
+    btrfs.snapshot(one, two)
+    btrfs.delete_subvolumes_in(scratch)
+    return "a snapshot was made"
+
+
+def _simple_quotas(scratch: Path) -> str:
+    if not qgroup.knows_simple():
+        raise _Missing("btrfs does not name them among its features")
+    return "btrfs names them among its features"
 
 
 # --- overlay
@@ -391,8 +417,26 @@ PROBES: tuple[_Probe, ...] = (
     _Probe(
         "project-quota",
         "size limits for single containers",
-        "XFS mounted with prjquota, on a kernel with CONFIG_XFS_QUOTA",
+        "XFS or ext4 mounted with prjquota, on a kernel with CONFIG_XFS_QUOTA or CONFIG_QFMT_V2; or btrfs instead",
         _project_quota,
+    ),
+    _Probe(
+        "btrfs",
+        "the btrfs driver, and pools with btrfs",
+        "CONFIG_BTRFS_FS (modprobe btrfs)",
+        _btrfs,
+    ),
+    _Probe(
+        "btrfs-subvolumes",
+        "the btrfs driver with a directory here",
+        "a file system that is btrfs; a loop pool brings its own",
+        _subvolumes,
+    ),
+    _Probe(
+        "btrfs-simple-quotas",
+        "size limits for single containers on btrfs",
+        "Linux 6.7 or newer, and btrfs loaded (modprobe btrfs)",
+        _simple_quotas,
     ),
     _Probe(
         "idmapped-mounts",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from hpmapper.errors import InvalidArgument
@@ -21,6 +21,10 @@ ESCAPED = b"trusted.overlay.overlay."
 OPAQUE = b"trusted.overlay.opaque"
 METACOPY = b"trusted.overlay.metacopy"
 REDIRECT = b"trusted.overlay.redirect"
+
+_PIECE = 1 << 20
+_Links = dict[tuple[int, int], Inode]
+"""Inodes that have several names, by device and number."""
 
 
 def scan(top: bytes, *, overlay: bool, merged: bytes | None = None) -> Inode:
@@ -41,7 +45,7 @@ def scan(top: bytes, *, overlay: bool, merged: bytes | None = None) -> Inode:
 
 
 def _scan(top: bytes, overlay: bool, merged: bytes | None) -> Inode:
-    links: dict[tuple[int, int], Inode] = {}
+    links: _Links = {}
     root = read_inode(top, overlay=overlay)
     stack = [(top, root, overlay)]
     while stack:
@@ -59,7 +63,68 @@ def _scan(top: bytes, overlay: bool, merged: bytes | None) -> Inode:
     return root
 
 
-def _linked(entry: os.DirEntry[bytes], overlay: bool, links: dict[tuple[int, int], Inode]) -> Inode:
+def scan_pair(
+    before: bytes, after: bytes, same: Callable[[os.DirEntry[bytes], os.DirEntry[bytes]], bool]
+) -> tuple[Inode, Inode]:
+    """The trees of two plain directories, without what they have in common, for `compare`.
+
+    `same` tells of two entries of one name, in directories that correspond, whether they and all below them are known
+    to be the same. A regular file that seems so, but for `same`, is left out of the first tree if its data differ.
+
+    Raises:
+        InvalidArgument: they are too deep.
+    """
+    try:
+        return _scan_pair(before, after, same)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise InvalidArgument(f"the directories in {os.fsdecode(after)} are nested too deeply to be read") from None
+
+
+def _scan_pair(
+    before: bytes, after: bytes, same: Callable[[os.DirEntry[bytes], os.DirEntry[bytes]], bool]
+) -> tuple[Inode, Inode]:
+    links: tuple[_Links, _Links] = {}, {}
+    roots = read_inode(before, overlay=False), read_inode(after, overlay=False)
+    stack: list[tuple[bytes | None, bytes, Inode, Inode]] = [(before, after, *roots)]
+    while stack:
+        old_path, new_path, old, new = stack.pop()
+        olds, news = _entries(old_path), _entries(new_path)
+        for name in olds.keys() | news.keys():
+            former, entry = olds.get(name), news.get(name)
+            if former and entry and same(former, entry):
+                continue
+            was = _linked(former, False, links[0]) if former else None
+            child = _linked(entry, False, links[1]) if entry else None
+            if was and not (child and entry and former and _differ_in_data_only(was, child, former.path, entry.path)):
+                old.entries()[name] = was
+            if child and entry:
+                new.entries()[name] = child
+                if child.is_dir:
+                    below = former.path if former and was and was.is_dir else None
+                    stack.append((below, entry.path, was or child, child))
+    return roots
+
+
+def _entries(path: bytes | None) -> dict[bytes, os.DirEntry[bytes]]:
+    if path is None:
+        return {}
+    with os.scandir(path) as entries:
+        return {entry.name: entry for entry in entries}
+
+
+def _differ_in_data_only(old: Inode, new: Inode, old_path: bytes, new_path: bytes) -> bool:
+    """Whether two regular files of one size and time, as whoever sets a file's time back makes them, differ."""
+    if not (stat.S_ISREG(old.mode) and stat.S_ISREG(new.mode) and new.size):
+        return False
+    if (old.size, old.mtime_ns) != (new.size, new.mtime_ns):
+        return False
+    with open(old_path, "rb") as one, open(new_path, "rb") as other:
+        return any(one.read(_PIECE) != other.read(_PIECE) for _ in range(0, new.size, _PIECE))
+
+
+def _linked(entry: os.DirEntry[bytes], overlay: bool, links: _Links) -> Inode:
     status = entry.stat(follow_symlinks=False)
     if status.st_nlink == 1 or stat.S_ISDIR(status.st_mode):
         return _from_status(entry.path, status, overlay)

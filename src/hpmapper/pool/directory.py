@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from hpmapper.errors import AlreadyExists, FailedPrecondition, NotFound, Unsupported
-from hpmapper.kernel import clone, fs, lock, sync
+from hpmapper.kernel import btrfs, clone, fs, lock, sync
 from hpmapper.model import Space
 from hpmapper.pool.base import LOCK_NAME, POOL_NAME, CheckReport, PoolConfig
 
@@ -141,6 +141,7 @@ def _empty(directory: Path) -> None:
     """Delete what is in a directory, the marker last, so that a deletion that was cut off can be asked for again."""
     for entry in sorted(directory.iterdir(), key=lambda one: one.name == MARKER_NAME):
         if entry.is_dir() and not entry.is_symlink():
+            btrfs.delete_subvolumes_in(entry)  # also read-only ones
             shutil.rmtree(entry)
         else:
             entry.unlink()

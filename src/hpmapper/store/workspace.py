@@ -17,7 +17,8 @@ from pathlib import Path
 
 from hpmapper import faults
 from hpmapper.errors import FailedPrecondition
-from hpmapper.kernel import lock
+from hpmapper.kernel import btrfs, lock
+from hpmapper.kernel.mountinfo import mounts_below
 
 
 class Workspace:
@@ -120,7 +121,7 @@ def discard(path: Path, scratch: Path) -> None:
 
 
 def remove_tree(top: Path) -> None:
-    """Remove a directory and all below it. Symlinks are not followed, mount points are an error.
+    """Remove a directory and all below it, subvolumes too. Symlinks are not followed, mount points are an error.
 
     Each directory met is moved up to `top`'s first level before it is emptied, so neither paths nor recursion grow
     with the depth, which a hostile container can make arbitrary.
@@ -146,13 +147,15 @@ def remove_tree(top: Path) -> None:
 
 
 def _unlink_files(directory: str, device: int) -> list[str]:
-    """Unlink everything but the directories in `directory`, which are returned."""
+    """Unlink everything but the directories in `directory`, which are returned; a subvolume goes as a whole."""
     inner = []
     for entry in list(os.scandir(directory)):
         if not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.path)
-        elif entry.stat(follow_symlinks=False).st_dev != device:
-            raise FailedPrecondition(f"{entry.path} is a mount point", hint="unmount it")
-        else:
+        elif entry.stat(follow_symlinks=False).st_dev == device:
             inner.append(entry.path)
+        elif btrfs.is_subvolume(entry.path) and not mounts_below(entry.path):  # deleting it would detach them
+            btrfs.delete_subvolume(entry.path)
+        else:
+            raise FailedPrecondition(f"something is mounted in {entry.path}", hint="unmount it")
     return inner

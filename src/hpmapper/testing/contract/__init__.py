@@ -16,6 +16,7 @@ everything that it made is removed through the engine, and nothing may be left o
     layers         tars of every format, byte for byte
     hostile        tars and containers made to hurt
     capabilities   what the driver says of itself is true
+    limits         how much a snapshot may keep
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hpmapper.testing.contract import changes as _changes
 from hpmapper.testing.contract import hostile as _hostile
 from hpmapper.testing.contract import layers as _layers
 from hpmapper.testing.contract import lifecycle as _lifecycle
+from hpmapper.testing.contract import limits as _limits
 from hpmapper.testing.contract.subject import Case, NotApplicable, Subject, subject
 
 __all__ = ["CASES", "Case", "NotApplicable", "Subject", "name_of", "subject"]
@@ -35,6 +37,7 @@ CASES: tuple[Case, ...] = (
     *_layers.CASES,
     *_hostile.CASES,
     *_capabilities.CASES,
+    *_limits.CASES,
 )
 
 

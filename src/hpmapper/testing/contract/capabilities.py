@@ -144,7 +144,7 @@ def changes_from_upper(subject: Subject) -> None:
     image = subject.layer(tar(*(member(b"d%03d/f" % number) for number in range(400))))
     container, root = subject.opened(image)
     apply([append("d007/f", b"x")], root)
-    with _listings() as listed:
+    with listings() as listed:
         assert subject.changes(container) == ["C /d007", "C /d007/f"]
     assert len(listed) < 40, f"{len(listed)} directories were listed"
 
@@ -163,7 +163,7 @@ def _watch_once() -> None:
 
 
 @contextmanager
-def _listings() -> Iterator[list[object]]:
+def listings() -> Iterator[list[object]]:
     """The directories that this process lists meanwhile."""
     _watch_once()
     listed: list[object] = []
