@@ -30,7 +30,8 @@ from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults
 from hpmapper.drivers.base import Driver, Fresh, Ingested, MountSpec, Progress
-from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
+from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
@@ -398,11 +399,12 @@ class Engine:
                 self.driver.finish(below, {})
             self.driver.prepare(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
         except BaseException:
-            self._undo_record(snapshot, undo)
+            self.unmake(snapshot, undo)
             raise
         faults.point("prepare.prepared")
 
-    def _undo_record(self, snapshot: Snapshot, undo: Also | None) -> None:
+    def unmake(self, snapshot: Snapshot, undo: Also | None = None) -> None:
+        """Take back a snapshot that was just made, or could not be."""
         self.driver.remove(snapshot.id)
         with self.db.transaction(durable=False) as transaction:
             if undo:
@@ -427,14 +429,33 @@ class Engine:
         parents = snapshots.layers_below(self.db, snapshot.parent)
         return parents if snapshot.applied is None else [snapshot.applied, *parents]
 
-    def handout(self, snapshot: Snapshot, below: list[SnapshotId] | None = None) -> MountSpec:
+    def handout(
+        self, snapshot: Snapshot, below: list[SnapshotId] | None = None, *, ids: IdMapping | None = None
+    ) -> MountSpec:
         """What an engine is to mount to get an active snapshot's or a view's root file system.
 
-        `below`: the layers below it, if its storage is known to be there.
+        `below`: the layers below it, if its storage is known to be there. `ids`: whose owners it is to show.
+
+        Raises:
+            Unsupported: ids are to be mapped, which the driver or the kernel cannot.
         """
         if below is None:
             below = self.prepared(snapshot)
-        return self.driver.handout(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
+        read_only = snapshot.kind is Kind.VIEW
+        if ids is None:
+            return self.driver.handout(snapshot.id, below, read_only=read_only)
+        if not self.driver.capabilities.maps_ids:
+            raise Unsupported(
+                f"the {self.driver.name} driver cannot map the ids of user namespaces",
+                hint="use the driver hpmapper or overlay, or take remap-ids out of containerd's configuration",
+            )
+        try:
+            return self.driver.handout(snapshot.id, below, read_only=read_only, ids=ids)
+        except OSError as error:
+            raise Unsupported(
+                f"this kernel cannot map the ids of snapshot {snapshot.key!r}: {error.strerror}",
+                hint="hpmapper doctor says what idmapped mounts need",
+            ) from error
 
     def unmount(self, snapshot: Snapshot) -> None:
         """Take the root file system away until the next `mount`.

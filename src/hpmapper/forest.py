@@ -32,6 +32,7 @@ from hpmapper.errors import (
     NotFound,
     Unsupported,
 )
+from hpmapper.kernel.idmap import IdMapping, IdRange
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Layer, Snapshot, Transaction
@@ -45,6 +46,9 @@ MAX_LABEL = 4096
 
 TARGET_LABEL = "containerd.io/snapshot.ref"
 """The chain ID of the layer for which containerd prepares a snapshot."""
+
+UID_LABEL, GID_LABEL = "containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"
+"""Which ids of a user namespace appear as which on the host."""
 
 DIFF_ID_LABEL = "containerd.io/snapshot/diff-id"
 """Its DiffID (containerd 2.3)."""
@@ -127,7 +131,8 @@ class Forest:
         Raises:
             FailedPrecondition: it is committed.
         """
-        return self.engine.handout(self.get(key))
+        snapshot = self.get(key)
+        return self.engine.handout(snapshot, ids=self._ids(snapshot))
 
     # Growing.
 
@@ -142,6 +147,7 @@ class Forest:
         """
         inner = self._checked(key)
         _check_labels(labels)
+        _id_mapping(labels)  # malformed: refused before anything is recorded
         below = self.get(parent) if parent else None
         if kind is Kind.ACTIVE and TARGET_LABEL in labels and self._bring_known(key, below, labels):
             raise AlreadyExists(f"snapshot {labels[TARGET_LABEL]!r} is here already")
@@ -157,7 +163,15 @@ class Forest:
     def first_mounts(self, recorded: Recorded) -> MountSpec:
         """What is to be mounted of a snapshot that was just recorded; it is taken back if that cannot be made."""
         self.engine.make(recorded, finish=False)
-        return self.engine.handout(*recorded)
+        try:
+            return self.engine.handout(*recorded, ids=self._ids(recorded.snapshot))
+        except BaseException:
+            self.engine.unmake(recorded.snapshot)
+            raise
+
+    def _ids(self, snapshot: Snapshot) -> IdMapping | None:
+        """What the labels say of the owners that a snapshot is to show."""
+        return _id_mapping(snapshots.labels(self._db, snapshot.id))
 
     def update(self, key: str, change: Callable[[Labels], Labels]) -> Info:
         """Let `change` make new labels of a snapshot's labels."""
@@ -451,6 +465,29 @@ class Forest:
                 return self._outer(row.key)
             parent = row.parent
         return ""
+
+
+def _id_mapping(labels: Labels) -> IdMapping | None:
+    """The mapping that the labels of a snapshot for a user namespace ask for: "inside:outside:length[,…]" each.
+
+    Raises:
+        InvalidArgument: malformed, or for users without groups.
+    """
+    texts = [labels.get(name) for name in (UID_LABEL, GID_LABEL)]
+    if texts == [None, None]:
+        return None
+    uids, gids = (_id_ranges(text or "") for text in texts)
+    return IdMapping(uids, gids)
+
+
+def _id_ranges(text: str) -> list[IdRange]:
+    try:
+        ranges = [IdRange(*map(int, one.split(":"))) for one in text.split(",")]
+        if all(0 <= number < 1 << 32 for one in ranges for number in one) and all(one.length for one in ranges):
+            return ranges
+    except (ValueError, TypeError):
+        pass
+    raise InvalidArgument(f"{text[:100]!r} is no mapping of ids", hint='"inside:outside:length", separated by commas')
 
 
 def _sealed_layer(snapshot: SnapshotId) -> Layer:

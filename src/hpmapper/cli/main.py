@@ -25,9 +25,7 @@ COMMANDS = {
     "info": Lazy("hpmapper.cli.system:info", "Show what is in use."),
     "doctor": Lazy("hpmapper.cli.system:doctor", "Try what this host can do."),
     "drivers": Lazy("hpmapper.cli.system:drivers", "List the storage drivers and whether they work here."),
-    "serve": Lazy(
-        "hpmapper.cli.serve:serve", "Serve the root to containerd and Docker until told to stop."
-    ),
+    "serve": Lazy("hpmapper.cli.serve:serve", "Serve the root to containerd and Docker until told to stop."),
     "gc": Lazy("hpmapper.cli.system:gc", "Remove what nothing refers to."),
     "fsck": Lazy("hpmapper.cli.system:fsck", "Check all that is stored, byte by byte."),
 }

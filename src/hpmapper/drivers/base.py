@@ -49,6 +49,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
+from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
 from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
 from hpmapper.tree import Inode
@@ -74,6 +75,7 @@ class Capabilities:
         max_layers: layers below one snapshot.
         mounts: a snapshot's root is a mount; a driver without makes do where mounting is forbidden.
         keeps_sealed: a sealed layer is as good as an ingested one; otherwise it is ingested when there is time.
+        maps_ids: `handout` can let files appear under other owners.
         size_limits: what a snapshot keeps can be limited; found out by `attach`, as it depends on the file system.
     """
 
@@ -84,6 +86,7 @@ class Capabilities:
     max_layers: int
     mounts: bool
     keeps_sealed: bool = True
+    maps_ids: bool = False
     size_limits: bool = False
 
 
@@ -230,9 +233,17 @@ class Driver(Protocol):
     def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
         """Make the merged root appear and return its path; does nothing but answer when it is there already."""
 
-    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+    def handout(
+        self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
+    ) -> MountSpec:
         """What an engine is to mount to get the root: a bind of what `mount` made, unless the layers are plain enough
-        for anybody to see (design trap 1)."""
+        for anybody to see (design trap 1).
+
+        With `ids` files appear under other owners, for a container in a user namespace; on disk they stay as they are.
+
+        Raises:
+            Unsupported: ids are to be mapped, which the driver cannot (`Capabilities.maps_ids`).
+        """
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
         """Whether it is plain at once that nothing was written to a snapshot; False where that takes a search."""

@@ -24,6 +24,7 @@ from hpmapper.drivers.limits import Limits, limit_of, limits_of, require_in_forc
 from hpmapper.drivers.upper import numbers, unmount_path
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.kernel import btrfs, fs, lock, mount, qgroup, sync
+from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
@@ -147,7 +148,9 @@ class BtrfsDriver(directory.DirectoryLayers):
                 mount.bind(top / "diff", target, read_only=read_only)
         return target
 
-    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+    def handout(
+        self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
+    ) -> MountSpec:
         """A bind of the root itself, which is a directory like any other."""
         require_in_force(self._limits, self._snapshot(snapshot))
         return bind_spec(self._snapshot(snapshot) / "diff", read_only=read_only)

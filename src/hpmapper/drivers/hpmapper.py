@@ -66,6 +66,7 @@ class HpmapperDriver(UpperDriver):
         max_layers=1 << 16,  # merged, not stacked
         mounts=True,
         keeps_sealed=False,
+        maps_ids=True,
     )
 
     def __init__(

@@ -18,6 +18,7 @@ from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, bind_spec
 from hpmapper.drivers.limits import require_in_force
 from hpmapper.drivers.upper import Stack, UpperDriver
+from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below
 from hpmapper.layer.merged import Later, Merged
 from hpmapper.layer.scan import DirectoryView
@@ -36,6 +37,7 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         changes_from_upper=True,
         max_layers=499,
         mounts=True,
+        maps_ids=True,
     )
 
     def __init__(self, home: Path) -> None:
@@ -67,8 +69,12 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         super().remove_layer(layer)
         self._remove_sealed(layer)
 
-    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+    def handout(
+        self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
+    ) -> MountSpec:
         """The overlay itself: its layers are directories as any engine's own, so there is nothing to hide."""
+        if ids:
+            return super().handout(snapshot, chain, read_only=read_only, ids=ids)
         top = f"{self.home}/a/{snapshot}"
         require_in_force(self._limits, Path(top))
         lowers = [self._tree(layer) for layer in chain]

@@ -14,8 +14,8 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,6 +24,7 @@ from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, MountSpec, St
 from hpmapper.drivers.limits import Limits, limit_of, limits_of, require_in_force
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import fiemap, lock, mount, mountinfo, sync
+from hpmapper.kernel.idmap import IdMapping, IdRange, mapped_tree, user_namespace
 from hpmapper.layer.build import IMPLIED_ROOT, Below
 from hpmapper.layer.compare import drop_untouched
 from hpmapper.layer.diff import changes, write_tar
@@ -40,6 +41,10 @@ METADATA_COPIES = {"index": "off", "metacopy": "on", "redirect_dir": "on"}
 
 METADATA_COPIES_MARK = "metacopy"
 """A file in a/ID: the upper was written under `METADATA_COPIES`, and is to be mounted so for good."""
+
+
+_NOBODYS_ID = 2**32 - 2
+"""The highest id there is: no mapping for a container has it."""
 
 
 class Stack(NamedTuple):
@@ -129,27 +134,35 @@ class UpperDriver:
             sync.syncfs(top)
         return True
 
-    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
-        return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
+    def handout(
+        self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
+    ) -> MountSpec:
+        return bind_spec(self._root(snapshot, chain, read_only, ids), read_only=read_only)
 
     def _sealed(self, layer: SnapshotId) -> Path:
         """Where a layer is that is a sealed snapshot."""
         return self._snapshot(layer) / "u"
 
     def mount(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> Path:
+        return self._root(snapshot, chain, read_only, None)
+
+    def _root(self, snapshot: SnapshotId, chain: Chain, read_only: bool, ids: IdMapping | None) -> Path:
         top = f"{self.home}/a/{snapshot}"
         with lock.exclusive(top):  # two live mounts of one upper would corrupt it (design trap 13)
             if not self._is_mounted(f"{top}/m"):
                 require_in_force(self._limits, Path(top))
-                self._mount(top, self._stack(chain), read_only)
+                with ExitStack() as stack:
+                    layer = _Mapper(ids, top, stack) if ids else _as_it_is
+                    self._mount(top, self._stack(chain), read_only, layer)
         return Path(top, "m")
 
-    def _mount(self, top: str, below: Stack, read_only: bool) -> None:
-        upper, work = (None, None) if read_only else (f"{top}/u", f"{top}/w")
+    def _mount(self, top: str, below: Stack, read_only: bool, layer: Callable[[str], str | int]) -> None:
+        upper, work = (None, None) if read_only else (layer(f"{top}/u"), layer(f"{top}/w"))
         # Even a view needs u: it carries the root's attributes, and overlayfs wants two layers without an upper.
         lowers = [f"{top}/u", *below.lowers] if read_only else below.lowers
-        stack = lowers if len(lowers) > (1 if read_only else 0) else [*lowers, f"{self.home}/empty"]
-        target, data = f"{top}/m", below.data
+        enough = lowers if len(lowers) > (1 if read_only else 0) else [*lowers, f"{self.home}/empty"]
+        stack = [layer(one) for one in enough]
+        target, data = f"{top}/m", layer(below.data) if below.data else None
         if below.portable and not _has_metadata_copies(top):
             try:
                 mount.overlay(target, lowers=stack, data=data, upper=upper, work=work, options=PORTABLE)
@@ -231,6 +244,52 @@ class UpperDriver:
     def _detach_snapshots(self) -> None:
         for entry in list(os.scandir(self.home / "a")):
             unmount_path(Path(entry.path) / "m")
+
+
+def _as_it_is(layer: str) -> str:
+    return layer
+
+
+def _with_host_root(ranges: Sequence[IdRange]) -> Sequence[IdRange]:
+    has_root = any(one.outside == 0 for one in ranges)
+    return ranges if has_root else [*ranges, IdRange(_NOBODYS_ID, 0, 1)]
+
+
+class _Mapper:
+    """Opens layers under other owners: overlayfs itself cannot be idmapped, its layers can (design trap 10).
+
+    Upper and work have to be on one mount, so each directory's mount is copied from the directory above it.
+
+    In those two overlayfs makes files as whoever mounted it, root, before it gives them to their owners. The host's
+    root has no id in a container's mapping, so there it gets one that nobody uses (else: EOVERFLOW, and a read-only
+    mount).
+    """
+
+    def __init__(self, ids: IdMapping, top: str, stack: ExitStack) -> None:
+        self._stack = stack
+        self._top = top
+        self._ids = ids
+        self._namespace = stack.enter_context(user_namespace(ids.uids, ids.gids))
+        self._trees: dict[str, int] = {}
+
+    def __call__(self, layer: str) -> int:
+        if os.path.ismount(layer):  # a map
+            return self._tree(layer)
+        above, name = os.path.split(layer)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._tree(above))
+        self._stack.callback(os.close, fd)
+        return fd
+
+    def _tree(self, path: str) -> int:
+        if path not in self._trees:
+            namespace = self._with_root() if path == self._top else self._namespace
+            self._trees[path] = self._stack.enter_context(mapped_tree(path, namespace))
+        return self._trees[path]
+
+    def _with_root(self) -> int:
+        return self._stack.enter_context(
+            user_namespace(_with_host_root(self._ids.uids), _with_host_root(self._ids.gids))
+        )
 
 
 def _has_metadata_copies(top: str) -> bool:

@@ -21,6 +21,7 @@ from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Mou
 from hpmapper.drivers.limits import limit_of, limits_of, require_in_force
 from hpmapper.drivers.upper import disk_usage, numbers
 from hpmapper.kernel import sync
+from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
@@ -99,7 +100,9 @@ class VfsDriver(directory.DirectoryLayers):
     def root(self, snapshot: SnapshotId) -> Path:
         return self._snapshot(snapshot) / "m"
 
-    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+    def handout(
+        self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
+    ) -> MountSpec:
         return bind_spec(self.mount(snapshot, chain), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:

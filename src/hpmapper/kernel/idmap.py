@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from hpmapper.kernel.syscall import NR_CLONE, NR_PRCTL, syscall
+from hpmapper.kernel import fscontext
+from hpmapper.kernel.syscall import NR_CLONE, NR_PRCTL, AnyPath, syscall
 
 _CLONE_NEWUSER = 0x10000000
 _PR_SET_PDEATHSIG = 1
@@ -21,6 +22,28 @@ class IdRange(NamedTuple):
     inside: int
     outside: int
     length: int
+
+
+class IdMapping(NamedTuple):
+    """Which users and groups appear as which others."""
+
+    uids: Sequence[IdRange]
+    gids: Sequence[IdRange]
+
+
+@contextmanager
+def mapped_tree(path: AnyPath, namespace: int) -> Iterator[int]:
+    """A detached copy of the mount that holds `path`, from there on, under a user namespace's mapping; its fd.
+
+    Raises:
+        OSError: EINVAL: the file system cannot (overlayfs, vfat before 6.x, …).
+    """
+    fd = fscontext.open_tree(path)
+    try:
+        fscontext.mount_setattr(fd, on=fscontext.MOUNT_ATTR_IDMAP, user_namespace=namespace)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager
