@@ -35,7 +35,7 @@ LARGE = 3 << 20
 NET_RAW = "\x01\0\0\x02" + "\0\x20\0\0" + "\0" * 12
 """The attribute security.capability: cap_net_raw=ep (struct vfs_cap_data, revision 2)."""
 
-_TIME = 1_600_000_000
+_TIME, _STEP = 1_600_000_000, 7
 _OPAQUE = ".wh..wh..opq"
 
 
@@ -55,7 +55,7 @@ class _Tar:
         entry.mtime = self._time
         for field, value in more.items():
             setattr(entry, field, value)
-        self._time += 7
+        self._time += _STEP
         self._tar.addfile(entry, io.BytesIO(data))
 
     def directory(self, *names: str, mode: int = 0o755, owner: tuple[int, int] = (0, 0)) -> None:
@@ -76,8 +76,9 @@ class _Tar:
     def symlink(self, name: str, target: str) -> None:
         self._add(name, tarfile.SYMTYPE, 0o777, (0, 0), linkname=target)
 
-    def link(self, name: str, target: str) -> None:
-        self._add(name, tarfile.LNKTYPE, 0o644, (0, 0), linkname=target)
+    def link(self, name: str, target: str, owner: tuple[int, int]) -> None:
+        """A second name of a file added just before: with its attributes, as every tool writes them."""
+        self._add(name, tarfile.LNKTYPE, 0o644, owner, linkname=target, mtime=self._time - _STEP)
 
     def device(self, name: str, major: int, minor: int) -> None:
         self._add(name, tarfile.CHRTYPE, 0o666, (0, 0), devmajor=major, devminor=minor)
@@ -121,7 +122,7 @@ def _base(busybox: bytes) -> bytes:
     tar.file("data/attributed", b"small", xattrs={"user.one": "1", "user.two": "a longer value " * 20})
     tar.file("data/large", _random("large", LARGE), 0o640, owner=(1000, 1001))
     tar.file("data/linked", _random("linked", 9000), owner=(7, 8))
-    tar.link("data/linked-too", "data/linked")
+    tar.link("data/linked-too", "data/linked", owner=(7, 8))
     for letter in "abcdef":
         tar.file(f"data/dir/{letter}", letter.encode() * 2000)
     tar.file("data/dir/sub/deep", b"deep\n")
