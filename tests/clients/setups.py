@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from tests.clients.machine import Machine
 RECLAIM_TIMEOUT = 60.0
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+OBJECTS = re.compile(rf"{re.escape(ROOT)}/pool/o/[0-9a-f]{{2}}")
 
 BUILDKIT = "docker"
 """The control group that BuildKit in dockerd takes for what it builds."""
@@ -72,12 +75,18 @@ def _found_groups() -> set[Path]:
 
 
 def left(containerd: Containerd) -> set[str]:
-    """Mounts and directories of the snapshotter; what is in a mount is not looked at."""
+    """Mounts and directories of the snapshotter; what is in a mount is not looked at.
+
+    Of the directories that objects are spread over, which stay, the objects count.
+    """
     top = containerd.machine.path(ROOT)
     mounts = set(containerd.machine.mounts(ROOT))
     found = {f"mount {target}" for target in mounts}
-    for here, directories, _ in os.walk(top):
+    for here, directories, files in os.walk(top):
         inside = ROOT + here.removeprefix(str(top))
+        if OBJECTS.fullmatch(inside):
+            found.update(f"object {inside}/{name}" for name in files)
+            continue
         found.add(f"directory {inside}")
         directories[:] = [name for name in directories if f"{inside}/{name}" not in mounts]
     return found
