@@ -328,6 +328,10 @@ class Forest:
         mine = found.key.startswith(self._prefix) and found.kind is not Kind.COMMITTED
         return found if mine else None
 
+    def key_of(self, snapshot: Snapshot) -> str:
+        """The key by which the owner knows a snapshot."""
+        return self._outer(snapshot.key)
+
     def labels(self, snapshot: Snapshot) -> Labels:
         """A snapshot's labels."""
         return snapshots.labels(self._db, snapshot.id)

@@ -17,7 +17,7 @@ from isal import isal_zlib
 
 from hpmapper.containerd.api import diff_pb2 as api
 from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
-from hpmapper.containerd.content import UNCOMPRESSED_LABEL, ContentStore
+from hpmapper.containerd.content import UNCOMPRESSED_LABEL, ContentStore, Metadata
 from hpmapper.containerd.snapshots import parsed
 from hpmapper.errors import Unsupported
 from hpmapper.forest import DIFF_ID_LABEL, Forest
@@ -35,6 +35,7 @@ _LAYERS = _OCI_LAYERS | {_DOCKER_LAYER, "application/vnd.docker.image.rootfs.for
 _COMPRESSIONS = ("", "+gzip", "+zstd", ".gzip", ".zstd")
 READABLE = {layer + how for layer in _LAYERS for how in _COMPRESSIONS}
 
+_NAMESPACE = "containerd-namespace"
 _CHUNK = 1 << 20
 _GZIP_WINDOW = zlib.MAX_WBITS | 16
 
@@ -78,8 +79,10 @@ class DiffService:
         labels = self._forest.labels(snapshot)
         expect = Expected(diff_id=labels.get(DIFF_ID_LABEL), digest=digest, size=request.diff.size or None)
 
+        metadata = _with_namespace(call.metadata, self._forest.key_of(snapshot))
+
         def blob() -> BinaryIO:
-            return stoppable(self._content.open(digest, call.metadata), call.cancelled)
+            return stoppable(self._content.open(digest, metadata), call.cancelled)
 
         applied = self._forest.apply(snapshot, blob, expect)
         found = Descriptor(media_type=OCI_TAR, digest=applied.diff_id, size=applied.tar_size)
@@ -88,6 +91,8 @@ class DiffService:
     def _diff(self, call: Call) -> list[bytes]:
         """Write what one mounted snapshot changes of another into the content store, as a layer."""
         request = parsed(api.DiffRequest, call)
+        if _NAMESPACE not in dict(call.metadata):
+            raise Unsupported("this containerd does not say whose lease is to keep what is written")
         media_type = request.media_type or f"{OCI_TAR}+gzip"
         if media_type not in _COMPRESSORS or request.HasField("source_date_epoch"):
             raise Unsupported(f"a layer like this ({media_type[:100]!r}) is for containerd's own differ")
@@ -130,6 +135,13 @@ class _Packed:
                 yield packed
         if self._compressor:
             yield self._compressor.flush()
+
+
+def _with_namespace(metadata: Metadata, key: str) -> Metadata:
+    """A call's headers with the namespace, which containerd 1.7 keeps to itself; its keys begin with it."""
+    if _NAMESPACE in dict(metadata):
+        return metadata
+    return (*metadata, (_NAMESPACE, key.partition("/")[0]))
 
 
 def _place(mounts: Iterable[Mount]) -> Path | None:
