@@ -206,12 +206,19 @@ class Engine:
     def _ingest(
         self, parent: Parent, blob: BinaryIO, expect: Expected, lease: str | None, progress: Progress | None
     ) -> Taken:
-        with self._workspace().directory() as work, self.driver.pin():
-            key = f"ingest-{work.parent.name}-{work.name}"
-            with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as snapshot:
-                facts = self.driver.ingest(snapshot, lambda: self._chain(parent()), blob, work, expect, progress)
-                faults.point("ingest.stored")
-                found = self._record(parent(), snapshot, facts, lease)
+        is_object = partial(snapshots.is_object, self.db)
+        try:
+            with self._workspace().directory() as work, self.driver.pin():
+                key = f"ingest-{work.parent.name}-{work.name}"
+                with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as snapshot:
+                    facts = self.driver.ingest(
+                        snapshot, lambda: self._chain(parent()), blob, work, expect, progress, is_object
+                    )
+                    faults.point("ingest.stored")
+                    found = self._record(parent(), snapshot, facts, lease)
+        except BaseException:
+            self._sweep_if_idle()
+            raise
         return Taken(found, facts)
 
     def rebuild(self, layer: Layer) -> None:
@@ -569,20 +576,19 @@ class Engine:
 
     def reconcile(self) -> None:
         """Undo what dead processes left half done. Cheap when there is nothing; thorough once after each boot."""
-        for snapshot, owner in snapshots.unfinished(self.db):
-            if owner is None or not workspace.is_alive(self.driver.scratch, owner):
-                self._undo(snapshot)
+        dead = [snapshot for snapshot, owner in snapshots.unfinished(self.db) if not self._is_alive(owner)]
+        if dead:
+            self._sweep_if_idle()  # while the rows still say that there is something to do
+        for snapshot in dead:
+            self._undo(snapshot)
         faults.point("reconcile.undone")
         workspace.sweep(self.driver.scratch)
         faults.point("reconcile.swept")
         boot = _BOOT_ID.read_text().strip()
         if self.db.setting("boot_id") != boot:
             self._remove_unknown()
-            try:
-                self.driver.sweep_objects(self._known_objects, timeout=0)
-            except BlockingIOError:
-                return  # somebody ingests already: left to whoever opens the root next
-            self.db.set_setting("boot_id", boot)
+            if self._sweep_if_idle():
+                self.db.set_setting("boot_id", boot)
 
     def _undo(self, snapshot: SnapshotId) -> None:
         log.info("undoing unfinished snapshot %s", snapshot)
@@ -610,6 +616,21 @@ class Engine:
             return False
         faults.point("remove.removed")
         return True
+
+    def is_at_work(self) -> bool:
+        """Whether any process makes or removes a snapshot right now."""
+        return any(self._is_alive(owner) for _, owner in snapshots.unfinished(self.db))
+
+    def _sweep_if_idle(self) -> bool:
+        """Remove the objects that nothing names, unless an ingest runs: then it is left to the next who looks."""
+        try:
+            self.driver.sweep_objects(self._known_objects, timeout=0)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _is_alive(self, owner: str | None) -> bool:
+        return owner is not None and workspace.is_alive(self.driver.scratch, owner)
 
     def _known_objects(self) -> Container[ObjectDigest]:
         return {digest for digest, _ in snapshots.objects(self.db)}

@@ -46,7 +46,7 @@ from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Digests, Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId, Space
 from hpmapper.pool.base import Pool, PoolKind
-from hpmapper.store.objects import ObjectStore, Staging
+from hpmapper.store.objects import IsObject, ObjectStore, Staging
 from hpmapper.store.workspace import discard, workspace
 from hpmapper.tree import Inode
 
@@ -107,12 +107,14 @@ class HpmapperDriver(UpperDriver):
         work: Path,
         expect: Expected,
         progress: Progress | None,
+        is_object: IsObject,
     ) -> Ingested:
         made = work / "layer"
         (made / "m").mkdir(mode=0o700, parents=True)
         spool = (work / "spool").open("w+b")
         try:
-            with Staging(self._objects, work, spool, self._inline_below) as staging, _no_cycle_collection():
+            staged = Staging(self._objects, work, spool, self._inline_below, is_object)
+            with staged as staging, _no_cycle_collection():
                 builder, digests = self._read(blob, below, made / "tar", staging, progress)
                 expect.verify(digests)
                 staging.start_writeback()

@@ -137,7 +137,7 @@ class _Emitter:
 
     def _record(self, inode: Inode, shape: Shape, number: int) -> bytes:
         """An inode and all that comes right behind it."""
-        head, layout, use, xattrs, _, chunks, tail, _ = shape
+        _, layout, use, _, _, chunks, tail, _ = shape
         record = self._inode(inode, shape, number)
         if use:
             record += self._scan.xattrs.body(use)
