@@ -249,7 +249,5 @@ class _Writeback:
 
 def _whole(pieces: Pieces) -> bytes | memoryview:
     """The data of all pieces; of a single one, as it is, without copying it."""
-    stream = iter(pieces)
-    first = next(stream, b"")
-    second = next(stream, None)
-    return first if second is None else b"".join((first, second, *stream))
+    parts = tuple(pieces)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
