@@ -28,7 +28,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from hpmapper import faults
+from hpmapper import faults, pace
 from hpmapper.drivers.base import Driver, Fresh, Ingested, MountSpec, Progress
 from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
 from hpmapper.kernel.idmap import IdMapping
@@ -127,6 +127,7 @@ class Engine:
 
     # Layers in.
 
+    @pace.ingesting()
     def take_layers(self, blobs: Sequence[Blob], lease: str | None = None) -> list[Taken]:
         """The committed snapshots of an image's layers, the lowest first; only what nothing has yet is read.
 

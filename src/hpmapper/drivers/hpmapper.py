@@ -21,7 +21,6 @@ layers of an image that is just coming in, the layers' maps are stacked under me
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -31,7 +30,7 @@ from typing import BinaryIO, cast
 
 from blake3 import blake3
 
-from hpmapper import faults
+from hpmapper import faults, pace
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
 from hpmapper.drivers.upper import Stack, UpperDriver, unmount_path
 from hpmapper.erofs.reader import Map
@@ -114,7 +113,7 @@ class HpmapperDriver(UpperDriver):
         spool = (work / "spool").open("w+b")
         try:
             staged = Staging(self._objects, work, spool, self._inline_below, is_object)
-            with staged as staging, _no_cycle_collection():
+            with staged as staging, pace.ingesting():
                 builder, digests = self._read(blob, below, made / "tar", staging, progress)
                 expect.verify(digests)
                 staging.start_writeback()
@@ -172,7 +171,7 @@ class HpmapperDriver(UpperDriver):
 
     def _write_merged(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh], work: Path, path: Path, uuid: str) -> None:
         spools = Spools()
-        with ExitStack() as stack, _no_cycle_collection():
+        with ExitStack() as stack, pace.ingesting():
             trees = []
             for layer in reversed(chain):
                 tree, spool = fresh.get(layer) or self._read_again(layer, work, stack)
@@ -321,18 +320,6 @@ def _file_digest(path: Path) -> bytes:
     hasher = blake3()
     hasher.update_mmap(path)
     return hasher.digest()
-
-
-@contextmanager
-def _no_cycle_collection() -> Iterator[None]:
-    """A layer's tree is a hundred thousand objects without cycles, which the collector would walk again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class _LazyMap:
