@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -156,10 +156,10 @@ class Engine:
             layers = [future.result() for future in taken]
             if layers:
                 self.finish(layers[-1].snapshot, fresh)
+            return [_let_go(one) for one in layers]
         finally:
             for one in done:
                 _let_go(one)
-        return layers
 
     def take_layer(self, parent: Snapshot | None, blob: Blob, lease: str | None = None) -> Taken:
         """The committed snapshot of one layer on top of `parent`; see `take_layers`."""
@@ -699,10 +699,11 @@ def _snapshot_of(taken: Future[Taken]) -> Snapshot:
 
 
 def _let_go(taken: Taken) -> Taken:
-    """Close what was kept of a layer for `finish`."""
-    if taken.ingested:
-        _close_fresh(taken.ingested)
-    return taken
+    """Close what was kept of a layer for `finish`; the answer is without it."""
+    if taken.ingested is None:
+        return taken
+    _close_fresh(taken.ingested)
+    return replace(taken, ingested=replace(taken.ingested, fresh=None))
 
 
 def _close_fresh(ingested: Ingested) -> None:
