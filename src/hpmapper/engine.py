@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults, pace
-from hpmapper.drivers.base import Driver, Fresh, Ingested, MountSpec, Progress
+from hpmapper.drivers.base import ChainBelow, Driver, Fresh, Ingested, MountSpec, Progress
 from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
@@ -207,20 +207,26 @@ class Engine:
     def _ingest(
         self, parent: Parent, blob: BinaryIO, expect: Expected, lease: str | None, progress: Progress | None
     ) -> Taken:
+        with self._stored(lambda: self._chain(parent()), blob, expect, progress) as facts:
+            found = self._record(parent(), facts.layer, facts, lease)
+        return Taken(found, facts)
+
+    @contextmanager
+    def _stored(
+        self, below: ChainBelow, blob: BinaryIO, expect: Expected, progress: Progress | None
+    ) -> Iterator[Ingested]:
+        """A layer's storage, made; the body records it. If anything fails it is taken back, with its objects."""
         is_object = partial(snapshots.is_object, self.db)
         try:
             with self._workspace().directory() as work, self.driver.pin():
                 key = f"ingest-{work.parent.name}-{work.name}"
-                with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as snapshot:
-                    facts = self.driver.ingest(
-                        snapshot, lambda: self._chain(parent()), blob, work, expect, progress, is_object
-                    )
+                with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as number:
+                    facts = self.driver.ingest(number, below, blob, work, expect, progress, is_object)
                     faults.point("ingest.stored")
-                    found = self._record(parent(), snapshot, facts, lease)
+                    yield facts
         except BaseException:
             self._sweep_if_idle()
             raise
-        return Taken(found, facts)
 
     def rebuild(self, layer: Layer) -> None:
         """Make a layer's storage again from its own tar, and let everything that has the layer use the new one.
@@ -248,22 +254,18 @@ class Engine:
         Raises as `ingest`.
         """
         self._require_room(len(below) + 1)
-        with self._workspace().directory() as work, self.driver.pin():
-            key = f"ingest-{work.parent.name}-{work.name}"
-            with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as number:
-                facts = self.driver.ingest(number, lambda: below, blob, work, expect, progress)
-                faults.point("ingest.stored")
-                try:
-                    with self.db.transaction() as transaction:
-                        snapshots.add_layer(transaction, _layer_row(facts), facts.objects)
-                        snapshots.remember_blob(
-                            transaction, facts.digests.blob_digest, facts.digests.diff_id, facts.digests.tar_size
-                        )
-                        record(transaction, number)
-                        snapshots.forget(transaction, number)
-                finally:
-                    _close_fresh(facts)
-                faults.point("ingest.recorded")
+        with self._stored(lambda: below, blob, expect, progress) as facts:
+            try:
+                with self.db.transaction() as transaction:
+                    snapshots.add_layer(transaction, _layer_row(facts), facts.objects)
+                    snapshots.remember_blob(
+                        transaction, facts.digests.blob_digest, facts.digests.diff_id, facts.digests.tar_size
+                    )
+                    record(transaction, facts.layer)
+                    snapshots.forget(transaction, facts.layer)
+            finally:
+                _close_fresh(facts)
+            faults.point("ingest.recorded")
         return facts.digests
 
     def layer_for(self, diff_id: str, below: list[SnapshotId]) -> SnapshotId | None:
