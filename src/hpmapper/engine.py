@@ -22,14 +22,14 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from hpmapper import faults
-from hpmapper.drivers.base import Driver, Fresh, Ingested, MountSpec, Progress
+from hpmapper import faults, pace
+from hpmapper.drivers.base import ChainBelow, Driver, Fresh, Ingested, MountSpec, Progress
 from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
@@ -127,6 +127,7 @@ class Engine:
 
     # Layers in.
 
+    @pace.ingesting()
     def take_layers(self, blobs: Sequence[Blob], lease: str | None = None) -> list[Taken]:
         """The committed snapshots of an image's layers, the lowest first; only what nothing has yet is read.
 
@@ -155,10 +156,10 @@ class Engine:
             layers = [future.result() for future in taken]
             if layers:
                 self.finish(layers[-1].snapshot, fresh)
+            return [_let_go(one) for one in layers]
         finally:
             for one in done:
                 _let_go(one)
-        return layers
 
     def take_layer(self, parent: Snapshot | None, blob: Blob, lease: str | None = None) -> Taken:
         """The committed snapshot of one layer on top of `parent`; see `take_layers`."""
@@ -206,13 +207,26 @@ class Engine:
     def _ingest(
         self, parent: Parent, blob: BinaryIO, expect: Expected, lease: str | None, progress: Progress | None
     ) -> Taken:
-        with self._workspace().directory() as work, self.driver.pin():
-            key = f"ingest-{work.parent.name}-{work.name}"
-            with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as snapshot:
-                facts = self.driver.ingest(snapshot, lambda: self._chain(parent()), blob, work, expect, progress)
-                faults.point("ingest.stored")
-                found = self._record(parent(), snapshot, facts, lease)
+        with self._stored(lambda: self._chain(parent()), blob, expect, progress) as facts:
+            found = self._record(parent(), facts.layer, facts, lease)
         return Taken(found, facts)
+
+    @contextmanager
+    def _stored(
+        self, below: ChainBelow, blob: BinaryIO, expect: Expected, progress: Progress | None
+    ) -> Iterator[Ingested]:
+        """A layer's storage, made; the body records it. If anything fails it is taken back, with its objects."""
+        is_object = partial(snapshots.is_object, self.db)
+        try:
+            with self._workspace().directory() as work, self.driver.pin():
+                key = f"ingest-{work.parent.name}-{work.name}"
+                with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as number:
+                    facts = self.driver.ingest(number, below, blob, work, expect, progress, is_object)
+                    faults.point("ingest.stored")
+                    yield facts
+        except BaseException:
+            self._sweep_if_idle()
+            raise
 
     def rebuild(self, layer: Layer) -> None:
         """Make a layer's storage again from its own tar, and let everything that has the layer use the new one.
@@ -240,22 +254,18 @@ class Engine:
         Raises as `ingest`.
         """
         self._require_room(len(below) + 1)
-        with self._workspace().directory() as work, self.driver.pin():
-            key = f"ingest-{work.parent.name}-{work.name}"
-            with self._making(key, Kind.COMMITTED, None, self.driver.remove_layer) as number:
-                facts = self.driver.ingest(number, lambda: below, blob, work, expect, progress)
-                faults.point("ingest.stored")
-                try:
-                    with self.db.transaction() as transaction:
-                        snapshots.add_layer(transaction, _layer_row(facts), facts.objects)
-                        snapshots.remember_blob(
-                            transaction, facts.digests.blob_digest, facts.digests.diff_id, facts.digests.tar_size
-                        )
-                        record(transaction, number)
-                        snapshots.forget(transaction, number)
-                finally:
-                    _close_fresh(facts)
-                faults.point("ingest.recorded")
+        with self._stored(lambda: below, blob, expect, progress) as facts:
+            try:
+                with self.db.transaction() as transaction:
+                    snapshots.add_layer(transaction, _layer_row(facts), facts.objects)
+                    snapshots.remember_blob(
+                        transaction, facts.digests.blob_digest, facts.digests.diff_id, facts.digests.tar_size
+                    )
+                    record(transaction, facts.layer)
+                    snapshots.forget(transaction, facts.layer)
+            finally:
+                _close_fresh(facts)
+            faults.point("ingest.recorded")
         return facts.digests
 
     def layer_for(self, diff_id: str, below: list[SnapshotId]) -> SnapshotId | None:
@@ -569,20 +579,19 @@ class Engine:
 
     def reconcile(self) -> None:
         """Undo what dead processes left half done. Cheap when there is nothing; thorough once after each boot."""
-        for snapshot, owner in snapshots.unfinished(self.db):
-            if owner is None or not workspace.is_alive(self.driver.scratch, owner):
-                self._undo(snapshot)
+        dead = [snapshot for snapshot, owner in snapshots.unfinished(self.db) if not self._is_alive(owner)]
+        if dead:
+            self._sweep_if_idle()  # while the rows still say that there is something to do
+        for snapshot in dead:
+            self._undo(snapshot)
         faults.point("reconcile.undone")
         workspace.sweep(self.driver.scratch)
         faults.point("reconcile.swept")
         boot = _BOOT_ID.read_text().strip()
         if self.db.setting("boot_id") != boot:
             self._remove_unknown()
-            try:
-                self.driver.sweep_objects(self._known_objects, timeout=0)
-            except BlockingIOError:
-                return  # somebody ingests already: left to whoever opens the root next
-            self.db.set_setting("boot_id", boot)
+            if self._sweep_if_idle():
+                self.db.set_setting("boot_id", boot)
 
     def _undo(self, snapshot: SnapshotId) -> None:
         log.info("undoing unfinished snapshot %s", snapshot)
@@ -610,6 +619,21 @@ class Engine:
             return False
         faults.point("remove.removed")
         return True
+
+    def is_at_work(self) -> bool:
+        """Whether any process makes or removes a snapshot right now."""
+        return any(self._is_alive(owner) for _, owner in snapshots.unfinished(self.db))
+
+    def _sweep_if_idle(self) -> bool:
+        """Remove the objects that nothing names, unless an ingest runs: then it is left to the next who looks."""
+        try:
+            self.driver.sweep_objects(self._known_objects, timeout=0)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _is_alive(self, owner: str | None) -> bool:
+        return owner is not None and workspace.is_alive(self.driver.scratch, owner)
 
     def _known_objects(self) -> Container[ObjectDigest]:
         return {digest for digest, _ in snapshots.objects(self.db)}
@@ -677,10 +701,11 @@ def _snapshot_of(taken: Future[Taken]) -> Snapshot:
 
 
 def _let_go(taken: Taken) -> Taken:
-    """Close what was kept of a layer for `finish`."""
-    if taken.ingested:
-        _close_fresh(taken.ingested)
-    return taken
+    """Close what was kept of a layer for `finish`; the answer is without it."""
+    if taken.ingested is None:
+        return taken
+    _close_fresh(taken.ingested)
+    return replace(taken, ingested=replace(taken.ingested, fresh=None))
 
 
 def _close_fresh(ingested: Ingested) -> None:

@@ -129,6 +129,21 @@ def test_killed_while_a_root_is_made_or_removed(place: Place, record_property: C
     print(f"\n{place.config.driver}: killed at {len(points)} steps of making and removing a root")
 
 
+@pytest.mark.parametrize("place", ["hpmapper"], indirect=True)
+@pytest.mark.parametrize("point", ["ingest.object-written:2", "ingest.synced:1", "ingest.stored:1"])
+def test_objects_of_a_killed_ingest_are_gone_with_the_next_command(place: Place, point: str) -> None:
+    """They lie under their final names from the start; no reboot and no collection is needed to be rid of them."""
+    status, states = place.run(point)
+    assert status == _KILLED
+    assert in_child(lambda: _assert_no_orphans(place.config)) == 0
+    place.verify(states)
+
+
+def _assert_no_orphans(config: Config) -> None:
+    with open_root(config) as opened:
+        scenario.assert_no_orphans(opened.engine)
+
+
 def _make_and_remove(config: Config) -> None:
     with open_root(config) as opened:
         opened.engine.prepare(f"by-{os.getpid()}", None)

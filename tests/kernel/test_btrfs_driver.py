@@ -58,7 +58,7 @@ def driver(tmp_path: Path) -> Iterator[BtrfsDriver]:
 
 def _ingest(driver: BtrfsDriver, *members: bytes, layer: SnapshotId = BASE) -> None:
     with workspace(driver.scratch) as work:
-        driver.ingest(layer, lambda: [], io.BytesIO(tar(*members)), work, Expected(), None)
+        driver.ingest(layer, lambda: [], io.BytesIO(tar(*members)), work, Expected(), None, lambda digest: False)
 
 
 def _diff(driver: BtrfsDriver, snapshot: SnapshotId, *chain: SnapshotId) -> bytes:
@@ -161,7 +161,9 @@ def test_subvolumes_made_inside_are_committed_and_removed(driver: BtrfsDriver) -
     ]
     assert not driver.seal(ONE), "a snapshot would not have what is in the subvolume"
     with workspace(driver.scratch) as work:
-        driver.ingest(TWO, lambda: [BASE], io.BytesIO(_diff(driver, ONE, BASE)), work, Expected(), None)
+        driver.ingest(
+            TWO, lambda: [BASE], io.BytesIO(_diff(driver, ONE, BASE)), work, Expected(), None, lambda digest: False
+        )
     assert (driver.home / "l/3/diff/d/inner/deeper/file").read_bytes() == b"deep"
     assert _subvolumes(driver) == 5
     driver.remove(ONE)

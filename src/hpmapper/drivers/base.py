@@ -52,6 +52,7 @@ from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
 from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
+from hpmapper.store.objects import IsObject
 from hpmapper.tree import Inode
 
 Chain = Sequence[SnapshotId]
@@ -188,6 +189,7 @@ class Driver(Protocol):
         work: Path,
         expect: Expected,
         progress: Progress | None,
+        is_object: IsObject,
     ) -> Ingested:
         """Make a layer from a compressed or plain tar, in one pass; whole and durable when this returns.
 
@@ -196,9 +198,12 @@ class Driver(Protocol):
 
         `work` is an empty directory in `scratch`, for the driver's use, removed by the caller whatever happens.
 
+        `is_object` tells which objects the database names: only those are there for good. On failure the caller has
+        the others swept.
+
         Raises:
             Corrupt: the blob is damaged, or not what `expect` says. InvalidArgument: it is hostile. NoSpace: no room.
-            In each case nothing of it is left (but perhaps in `work`).
+            In each case nothing of it is left but perhaps in `work`, and objects that nothing names.
         """
 
     def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:

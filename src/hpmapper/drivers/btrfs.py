@@ -33,6 +33,7 @@ from hpmapper.layer.scan import DirectoryView, scan, scan_pair
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.base import Pool, PoolKind, format_size
+from hpmapper.store.objects import IsObject
 from hpmapper.store.workspace import discard, remove_tree, workspace
 from hpmapper.tree import Inode
 from hpmapper.tree import directory as new_directory
@@ -97,6 +98,7 @@ class BtrfsDriver(directory.DirectoryLayers):
         work: Path,
         expect: Expected,
         progress: Progress | None,
+        is_object: IsObject,
     ) -> Ingested:
         chain = below()
         self._copy(chain, work / "layer")

@@ -21,7 +21,6 @@ layers of an image that is just coming in, the layers' maps are stacked under me
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -31,7 +30,7 @@ from typing import BinaryIO, cast
 
 from blake3 import blake3
 
-from hpmapper import faults
+from hpmapper import faults, pace
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
 from hpmapper.drivers.upper import Stack, UpperDriver, unmount_path
 from hpmapper.erofs.reader import Map
@@ -46,7 +45,7 @@ from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Digests, Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId, Space
 from hpmapper.pool.base import Pool, PoolKind
-from hpmapper.store.objects import ObjectStore, Staging
+from hpmapper.store.objects import IsObject, ObjectStore, Staging
 from hpmapper.store.workspace import discard, workspace
 from hpmapper.tree import Inode
 
@@ -107,12 +106,14 @@ class HpmapperDriver(UpperDriver):
         work: Path,
         expect: Expected,
         progress: Progress | None,
+        is_object: IsObject,
     ) -> Ingested:
         made = work / "layer"
         (made / "m").mkdir(mode=0o700, parents=True)
         spool = (work / "spool").open("w+b")
         try:
-            with Staging(self._objects, work, spool, self._inline_below) as staging, _no_cycle_collection():
+            staged = Staging(self._objects, work, spool, self._inline_below, is_object)
+            with staged as staging, pace.ingesting():
                 builder, digests = self._read(blob, below, made / "tar", staging, progress)
                 expect.verify(digests)
                 staging.start_writeback()
@@ -170,7 +171,7 @@ class HpmapperDriver(UpperDriver):
 
     def _write_merged(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh], work: Path, path: Path, uuid: str) -> None:
         spools = Spools()
-        with ExitStack() as stack, _no_cycle_collection():
+        with ExitStack() as stack, pace.ingesting():
             trees = []
             for layer in reversed(chain):
                 tree, spool = fresh.get(layer) or self._read_again(layer, work, stack)
@@ -319,18 +320,6 @@ def _file_digest(path: Path) -> bytes:
     hasher = blake3()
     hasher.update_mmap(path)
     return hasher.digest()
-
-
-@contextmanager
-def _no_cycle_collection() -> Iterator[None]:
-    """A layer's tree is a hundred thousand objects without cycles, which the collector would walk again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class _LazyMap:

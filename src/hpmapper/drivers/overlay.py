@@ -24,6 +24,7 @@ from hpmapper.layer.merged import Later, Merged
 from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Expected
 from hpmapper.model import SnapshotId
+from hpmapper.store.objects import IsObject
 
 
 class OverlayDriver(directory.DirectoryLayers, UpperDriver):
@@ -59,6 +60,7 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         work: Path,
         expect: Expected,
         progress: Progress | None,
+        is_object: IsObject,
     ) -> Ingested:
         (work / "layer" / "diff").mkdir(parents=True)
         with self._below(below) as merged:

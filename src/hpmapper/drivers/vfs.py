@@ -30,6 +30,7 @@ from hpmapper.layer.scan import DirectoryView, scan
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.tools import run_tool
+from hpmapper.store.objects import IsObject
 from hpmapper.store.workspace import discard, remove_tree
 from hpmapper.tree import Inode
 from hpmapper.tree import directory as new_directory
@@ -72,6 +73,7 @@ class VfsDriver(directory.DirectoryLayers):
         work: Path,
         expect: Expected,
         progress: Progress | None,
+        is_object: IsObject,
     ) -> Ingested:
         chain = below()
         self._copy(chain, work / "layer" / "diff")

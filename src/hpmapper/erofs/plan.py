@@ -31,6 +31,8 @@ BLK = stat.S_IFBLK >> 12
 _BLOCK = fmt.BLOCK
 _U16 = 0xFFFF
 _U32 = 0xFFFFFFFF
+_COMPACT = fmt.COMPACT_INODE.size
+_EXTENDED = fmt.EXTENDED_INODE.size
 _FIRST_INODE = fmt.SUPERBLOCK_OFFSET + fmt.SUPERBLOCK.size
 _OPEN_BLOCKS = 8
 _BARE_OBJECT = Use((), OBJECT)
@@ -157,6 +159,7 @@ class Layout:
     Attributes:
         inodes: in the order of their places.
         nids: their numbers, by `id`.
+        shapes: how each is stored, by `id`.
         blocks: the first block of data that is not behind its inode, by `id`.
         directories, files: the inodes with such data, in the order of their blocks.
         has_chunks: whether any inode is chunk-based.
@@ -167,6 +170,7 @@ class Layout:
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
         self.nids: dict[int, int] = {}
+        self.shapes: dict[int, Shape] = {}
         self.blocks: dict[int, int] = {}
         self.directories: list[Inode] = []
         self.files: list[Inode] = []
@@ -179,32 +183,43 @@ class Layout:
         nids = self.nids
         self.inodes = sorted(scan.inodes, key=lambda inode: nids[id(inode)])
         for inode in (*self.directories, *self.files):
-            self.blocks[id(inode)] = packer.take_blocks(self.shape(inode).blocks * _BLOCK)
+            self.blocks[id(inode)] = packer.take_blocks(self.shapes[id(inode)].blocks * _BLOCK)
         self.image_blocks = packer.end // _BLOCK
         if self.image_blocks > _U32:
             raise InvalidArgument("the map would be larger than 16 TiB", hint="keep large files as objects")
 
     def _place(self, packer: Packer, inodes: Iterable[Inode]) -> None:
+        nids, shapes = self.nids, self.shapes
         for inode in inodes:
             try:
-                head, layout, _, xattrs, _, chunks, tail, blocks = self.shape(inode)
+                shape = self._shape(inode)
             except InvalidArgument as error:
                 raise blame(self.scan.root, inode, str(error)) from None
-            self.nids[id(inode)] = packer.place(head + xattrs + chunks + tail) >> fmt.SLOT_BITS
-            self.has_chunks |= layout == fmt.LAYOUT_CHUNK
+            head, layout, _, xattrs, _, chunks, tail, blocks = shapes[id(inode)] = shape
+            nids[id(inode)] = packer.place(head + xattrs + chunks + tail) >> fmt.SLOT_BITS
+            if layout == fmt.LAYOUT_CHUNK:
+                self.has_chunks = True
             if blocks:
                 (self.files if inode.children is None else self.directories).append(inode)
 
-    def shape(self, inode: Inode) -> Shape:
+    def _shape(self, inode: Inode) -> Shape:
         """How to store `inode`.
 
         Raises:
             InvalidArgument: it is not what EROFS can store.
         """
+        scan = self.scan
         use = use_of(inode)
-        xattrs = len(self.scan.xattrs.body(use)) if use else 0
+        xattrs = len(scan.xattrs.body(use)) if use else 0
         size = self._size(inode)
-        head = self._head(inode, size)
+        compact = (
+            inode.mtime_ns == scan.epoch
+            and inode.uid <= _U16
+            and inode.gid <= _U16
+            and size <= _U32
+            and scan.links.get(id(inode), 1) <= _U16
+        )
+        head = _COMPACT if compact else _EXTENDED
         if use and use.kind == OBJECT:
             chunks = -(-size >> fmt.MAX_CHUNK_BITS) * fmt.CHUNK_ENTRY.size
             return Shape(head, fmt.LAYOUT_CHUNK, use, xattrs + REDIRECT_ENTRY_SIZE, size, chunks, 0, 0)
@@ -212,16 +227,6 @@ class Layout:
         if tail and head + xattrs + tail <= _BLOCK:
             return Shape(head, fmt.LAYOUT_INLINE, use, xattrs, size, 0, tail, size >> fmt.BLOCK_BITS)
         return Shape(head, fmt.LAYOUT_PLAIN, use, xattrs, size, 0, 0, -(-size >> fmt.BLOCK_BITS))
-
-    def _head(self, inode: Inode, size: int) -> int:
-        fits = (
-            inode.mtime_ns == self.scan.epoch
-            and inode.uid <= _U16
-            and inode.gid <= _U16
-            and size <= _U32
-            and self.scan.links.get(id(inode), 1) <= _U16
-        )
-        return fmt.COMPACT_INODE.size if fits else fmt.EXTENDED_INODE.size
 
     def _size(self, inode: Inode) -> int:
         kind = inode.mode >> 12

@@ -125,52 +125,51 @@ class _Emitter:
             self._emit_file_blocks(inode)
 
     def _emit_inodes(self, start: int, end: int) -> None:
-        nids, sink = self._layout.nids, self._sink
+        nids, shapes, sink = self._layout.nids, self._layout.shapes, self._sink
         for number, inode in enumerate(islice(self._layout.inodes, start, end), start + 1):
             try:
-                record = self._record(inode, number)
+                record = self._record(inode, shapes[id(inode)], number)
             except struct.error as error:
                 raise blame(self._scan.root, inode, f"a number is out of range: {error}") from None
             except InvalidArgument as error:
                 raise blame(self._scan.root, inode, str(error)) from None
             sink.write_at(nids[id(inode)] << fmt.SLOT_BITS, record)
 
-    def _record(self, inode: Inode, number: int) -> bytes:
+    def _record(self, inode: Inode, shape: Shape, number: int) -> bytes:
         """An inode and all that comes right behind it."""
-        shape = self._layout.shape(inode)
-        parts = [self._inode(inode, shape, number)]
-        if shape.use:
-            parts.append(self._scan.xattrs.body(shape.use))
-        if shape.layout == fmt.LAYOUT_CHUNK:
-            parts.append(redirect_entry(cast("ObjectDigest", inode.content)))
-            parts.append(_NULL_CHUNK * (shape.chunks // len(_NULL_CHUNK)))
-        elif shape.tail:
-            parts.append(self._tail(inode, shape.tail))
-        return b"".join(parts)
+        _, layout, use, _, _, chunks, tail, _ = shape
+        record = self._inode(inode, shape, number)
+        if use:
+            record += self._scan.xattrs.body(use)
+        if layout == fmt.LAYOUT_CHUNK:
+            redirect = redirect_entry(cast("ObjectDigest", inode.content))
+            return record + redirect + _NULL_CHUNK * (chunks // len(_NULL_CHUNK))
+        return record + self._tail(inode, tail) if tail else record
 
     def _inode(self, inode: Inode, shape: Shape, number: int) -> bytes:
-        form = shape.layout << fmt.LAYOUT_SHIFT
-        count = body_count(shape.xattrs)
+        head, layout, _, xattrs, size, _, _, _ = shape
+        form = layout << fmt.LAYOUT_SHIFT
+        count = body_count(xattrs)
         links = self._scan.links.get(id(inode), 1)
-        union = self._union(inode, shape)
-        if shape.head == fmt.COMPACT_INODE.size:
+        union = self._union(inode, layout, size)
+        if head == fmt.COMPACT_INODE.size:
             return fmt.COMPACT_INODE.pack(
-                form, count, inode.mode, links, shape.size, 0,
+                form, count, inode.mode, links, size, 0,
                 union, number, inode.uid, inode.gid,
             )  # fmt: skip
         if inode.uid > MAX_ID or inode.gid > MAX_ID:
             raise InvalidArgument(f"owner {inode.uid}:{inode.gid} is out of range", hint=f"0 to {MAX_ID}")
         seconds, nsec = divmod(inode.mtime_ns, SECOND)
         return fmt.EXTENDED_INODE.pack(
-            form | fmt.EXTENDED, count, inode.mode, shape.size,
+            form | fmt.EXTENDED, count, inode.mode, size,
             union, number, inode.uid, inode.gid,
             seconds, nsec, links,
         )  # fmt: skip
 
-    def _union(self, inode: Inode, shape: Shape) -> int:
-        if shape.layout == fmt.LAYOUT_CHUNK:
+    def _union(self, inode: Inode, layout: int, size: int) -> int:
+        if layout == fmt.LAYOUT_CHUNK:
             return fmt.CHUNK_MAX_BITS
-        if shape.size:
+        if size:
             return self._layout.blocks.get(id(inode), fmt.NULL_BLOCK)
         return encode_device(inode.rdev) if inode.mode >> 12 in (CHR, BLK) else 0
 
@@ -198,7 +197,7 @@ class _Emitter:
         return b"".join(records + names)
 
     def _emit_directory_blocks(self, directory: Inode) -> None:
-        shape = self._layout.shape(directory)
+        shape = self._layout.shapes[id(directory)]
         address = self._layout.blocks[id(directory)] * _BLOCK
         for names in islice(dirents.split(directory.entries()), shape.blocks):
             self._sink.write_at(address, self._directory_block(directory, names))
@@ -210,7 +209,7 @@ class _Emitter:
             self._sink.write(inode.target)
             return
         start = cast("int", inode.content)
-        end = start + inode.size - self._layout.shape(inode).tail
+        end = start + inode.size - self._layout.shapes[id(inode)].tail
         for offset in range(start, end, _PIECE):
             self._sink.write(self._read(offset, min(_PIECE, end - offset)))
 

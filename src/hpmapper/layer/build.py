@@ -162,7 +162,7 @@ class LayerBuilder:
             inode.content = self._sink.inline(data[: entry.size]) if entry.size else None
             return inode
         inode.content, name = self._sink.put(stream.pieces(entry.stored), entry.size, entry.segments)
-        for offset, length in entry.segments or [(0, entry.size)] * (entry.segments is None):
+        for offset, length in ((0, entry.size),) if entry.segments is None else entry.segments:
             self._recipe.reference(name, offset, length)
         self._recipe.literal(stream.read(padding))
         return inode
@@ -360,10 +360,14 @@ def _components(name: bytes) -> list[bytes]:
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if b".." in parts or b"\0" in name:
         raise InvalidArgument(f"tar member {name[:200]!r} points out of the layer")
-    bare = [*parts[:-1], parts[-1].removeprefix(WHITEOUT_PREFIX)] if parts else []
-    if len(name) > MAX_PATH or any(len(part) > MAX_NAME for part in bare):
+    if len(name) > MAX_NAME and (len(name) > MAX_PATH or _has_long_name(parts)):
         raise InvalidArgument(f"tar member {name[:80]!r}... has a name longer than Linux allows")
     return parts
+
+
+def _has_long_name(parts: list[bytes]) -> bool:
+    bare = [*parts[:-1], parts[-1].removeprefix(WHITEOUT_PREFIX)] if parts else []
+    return any(len(part) > MAX_NAME for part in bare)
 
 
 def _set_attributes(inode: Inode, entry: Entry) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from hpmapper.layer.build import IMPLIED_ROOT
-from hpmapper.tree import Inode, directory, walk
+from hpmapper.tree import Inode, directory
 
 
 def merge(layers: Iterable[Inode]) -> Inode:
@@ -52,6 +52,19 @@ def _copy_attributes(source: Inode, target: Inode) -> None:
     target.mtime_ns, target.xattrs = source.mtime_ns, source.xattrs
 
 
+def _move(tree: Inode, distance: int) -> None:
+    """Let all small files' data lie `distance` bytes further on."""
+    moved = set()
+    pending = [tree]
+    while pending:
+        for child in pending.pop().entries().values():
+            if child.children is not None:
+                pending.append(child)
+            elif type(child.content) is int and child not in moved:
+                moved.add(child)  # once, however many names it has
+                child.content += distance
+
+
 class Spools(io.RawIOBase):
     """Several layers' spools as one: the high bits of an offset say which."""
 
@@ -66,11 +79,8 @@ class Spools(io.RawIOBase):
         base = len(self._spools) << self._SHIFT
         self._spools.append(spool)
         spool.flush()
-        moved = set()
-        for _, inode in walk(tree):
-            if isinstance(inode.content, int) and inode not in moved:
-                moved.add(inode)  # once, however many names it has
-                inode.content += base
+        if base:
+            _move(tree, base)
         return tree
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

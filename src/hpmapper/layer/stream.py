@@ -10,7 +10,7 @@ import hashlib
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
@@ -193,8 +193,15 @@ class LayerStream:
             return b""
         return self.read(size)
 
-    def pieces(self, size: int) -> Iterator[bytes | memoryview]:
-        """Yield `size` bytes in pieces; whole chunks pass without being copied."""
+    def pieces(self, size: int) -> Iterable[bytes | memoryview]:
+        """The next `size` bytes in pieces, not copied."""
+        start, end = self._at, self._at + size
+        if end > len(self._chunk):
+            return self._pieces(size)
+        self._at = end
+        return (memoryview(self._chunk)[start:end],)
+
+    def _pieces(self, size: int) -> Iterator[bytes | memoryview]:
         while size:
             if self._at == len(self._chunk) and not self._next_chunk():
                 raise Corrupt("the layer's tar ends inside a member", hint="fetch it again")

@@ -182,7 +182,9 @@ def removing_what_is_half_there(subject: Subject) -> None:
         broken = _Breaking(tars.tar(tars.member(b"a", bytes(3 << 20)), tars.member(b"b", bytes(3 << 20))))
         refused(
             ConnectionError,
-            lambda: subject.driver.ingest(SnapshotId(4_000_002), lambda: chain, broken, work, Expected(), None),
+            lambda: subject.driver.ingest(
+                SnapshotId(4_000_002), lambda: chain, broken, work, Expected(), None, lambda digest: False
+            ),
         )
     subject.driver.remove_layer(SnapshotId(4_000_002))
     assert subject.driver.stored().layers == {base.layer}
