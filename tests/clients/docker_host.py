@@ -197,6 +197,7 @@ class DockerHost:
             "iptables": False,
             "ip6tables": False,
             "bridge": "none",
+            "userland-proxy": False,
             "live-restore": True,
             "cgroup-parent": CGROUP,
         }

@@ -14,7 +14,7 @@ import pytest
 
 from tests.clients.docker_host import DockerHost, programs
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kernel, pytest.mark.clients, pytest.mark.timeout(300)]
 
 DRIVERS = ["overlay", "hpmapper", "vfs"]
 BIG = bytes(range(256)) * 4000
