@@ -119,6 +119,16 @@ def pool_of(config: Config) -> tuple[Database, Pool]:
     return db, open_pool(config.root, PoolConfig.from_dict(json.loads(stored)))
 
 
+def driver_of(config: Config) -> str:
+    """The name of the root's driver; where there is no root yet, of the one that is asked for or preferred."""
+    if (config.root / DATABASE).exists():
+        with closing(_database(config, create=False)) as db:
+            name = db.setting("driver")
+            if name is not None:
+                return name
+    return config.driver or registry.DRIVERS[0].name
+
+
 def remember_pool(db: Database, pool: PoolConfig) -> None:
     """Record a pool's settings: before it is made, and whenever they change."""
     db.set_setting("pool", json.dumps(pool.to_dict()))

@@ -52,7 +52,7 @@ def running(case: Case, pool: Path) -> Iterator[Containerd]:
     data.mkdir()
     shutil.copy2(gobuild.build_tools(gobuild.cache()).snapserver, data / "snapserver")
     tree = trees.made(case.release)
-    with _control_groups(), Machine(tree, data, trees.python_packages(tree)) as machine:
+    with control_groups(), Machine(tree, data, trees.python_packages(tree)) as machine:
         containerd = Containerd(machine, SETUPS[case.setup])
         containerd.start()
         yield containerd
@@ -60,7 +60,7 @@ def running(case: Case, pool: Path) -> Iterator[Containerd]:
 
 
 @contextmanager
-def _control_groups() -> Iterator[None]:
+def control_groups() -> Iterator[None]:
     """Remove the control groups that runtimes leave: those above the containers' own, which nobody else removes."""
     before = _found_groups()
     yield

@@ -1,6 +1,7 @@
 """The generated configuration, judged by containerd itself: how it reads the file, and that it starts with it.
 
-Which containerds: those that HPMAPPER_CONTAINERDS names (paths, separated by colons), else the one that is installed.
+Which containerds: those that HPMAPPER_CONTAINERDS names (paths, separated by colons), else the one that is installed;
+and with --clients those of other Debian releases.
 """
 
 from __future__ import annotations
@@ -22,23 +23,33 @@ from click.testing import CliRunner
 from hpmapper.cli.main import cli
 from hpmapper.cli.state import State
 from hpmapper.configure.version import Version, installed
+from tests.clients import trees
 
-CONTAINERDS = [
-    path for path in os.environ.get("HPMAPPER_CONTAINERDS", shutil.which("containerd") or "").split(":") if path
-]
+GIVEN = os.environ.get("HPMAPPER_CONTAINERDS") or shutil.which("containerd")
+RELEASES = [pytest.param(release, marks=pytest.mark.clients) for release in ("bookworm", "trixie", "sid")]
 DIFF = "io.containerd.service.v1.diff-service"
 TRANSFER = "io.containerd.transfer.v1.local"
 STARTS = 60.0
 """Seconds after which a containerd that does not answer is taken for one that never will."""
 
-pytestmark = pytest.mark.skipif(
-    not CONTAINERDS, reason="NOT RUN: there is no containerd here; name some in HPMAPPER_CONTAINERDS"
-)
+
+@pytest.fixture(params=[*(GIVEN.split(":") if GIVEN else ["none"]), *RELEASES])
+def program(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "none":
+        pytest.skip("NOT RUN: there is no containerd here; install it, name some in HPMAPPER_CONTAINERDS, or --clients")
+    return str(request.param) if "/" in request.param else _of_release(request.param, tmp_path / "containerd")
 
 
-@pytest.fixture(params=CONTAINERDS or ["none"])
-def program(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def _of_release(release: str, script: Path) -> str:
+    """A program that runs a release's containerd, with the release's libraries, on the host's files."""
+    tree = trees.made(release)
+    loader = next(tree.glob("usr/lib/*-linux-gnu/ld-linux-*.so.*"), None) or next(
+        tree.glob("lib/*-linux-gnu/ld-*.so.*")
+    )
+    places = f"{tree}/usr/{loader.parent.relative_to(tree)}:{loader.parent}"
+    script.write_text(f'#!/bin/sh\nexec {loader} --library-path {places} {tree}/usr/bin/containerd "$@"\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 def configured(program: str, file: Path, *words: str) -> None:

@@ -1,4 +1,4 @@
-"""Debian 12's Docker with hpmapper as its graph driver plugin: everything that Docker does with layers."""
+"""Docker with hpmapper as its graph driver plugin: everything that Docker does with layers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import json
 import shutil
 import tarfile
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.clients.docker_host import DockerHost, programs
+from tests.clients.docker_host import DockerHost, docker_host
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kernel, pytest.mark.clients, pytest.mark.timeout(300)]
 
-DRIVERS = ["overlay", "hpmapper", "vfs"]
+CASES = [("bookworm", "overlay"), ("bookworm", "hpmapper"), ("bookworm", "vfs"), ("trixie", "hpmapper")]
+"""Docker 20.10 and 26.1, the last that takes plugins, and drivers behind the plugin."""
+
+_numbers = count()
 BIG = bytes(range(256)) * 4000
 
 
@@ -82,11 +86,11 @@ def archive() -> bytes:
     return out.bytes()
 
 
-@pytest.fixture(params=DRIVERS)
-def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DockerHost]:
-    with DockerHost(programs(), tmp_path / "host", request.param) as host:
-        host.start()
-        host.docker("load", data=archive())
+@pytest.fixture(params=CASES, ids="-".join)
+def host(request: pytest.FixtureRequest, pool: Path) -> Iterator[DockerHost]:
+    release, driver = request.param
+    with docker_host(release, pool / f"{next(_numbers)}", driver) as host:
+        host.load(archive())
         yield host
 
 
@@ -111,7 +115,7 @@ def members(data: bytes) -> dict[str, tuple[object, ...]]:
 _MADE_AT_START = {".dockerenv", "dev/console", "etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/mtab"}
 
 
-def test_containers_and_images(host: DockerHost, tmp_path: Path) -> None:
+def test_containers_and_images(host: DockerHost) -> None:
     """run, diff, commit, run what was committed, save, load, rm, rmi; at the end nothing is left."""
     assert "Storage Driver: hpmapper" in host.docker("info")
     assert host.docker("run", "--rm", "--network=none", "base", "cat", "/dir/new", "/hidden/new") == "new" + "n" * 3000
@@ -130,11 +134,11 @@ def test_containers_and_images(host: DockerHost, tmp_path: Path) -> None:
     assert "hidden" not in seen
     assert "drwx------" in seen
 
-    saved = host.docker_bytes("save", "second")  # Docker verifies each layer's digest here
+    saved = host.output("save", "second")  # Docker verifies each layer's digest here
     before = diff_ids(host, "second")
     host.docker("rm", "one")
     host.docker("rmi", "second", "base")
-    host.docker("load", data=saved)
+    host.load(saved)
     assert diff_ids(host, "second") == before
     host.docker("rmi", "second")
     host.stop()
@@ -151,21 +155,21 @@ def assert_empty(host: DockerHost) -> None:
 
 @pytest.mark.parametrize("buildkit", [False, True], ids=["classic", "buildkit"])
 def test_builds(host: DockerHost, buildkit: bool) -> None:
-    context = host.data / "context"
+    context = host.machine.path("/data/context")
     context.mkdir()
     (context / "file").write_bytes(BIG[:5000])
     (context / "Dockerfile").write_text(
         "FROM base\nRUN rm /big && touch /made\nCOPY file /copied\nRUN mv /copied /moved && chmod 600 /setuid\n"
     )
-    host.docker("build", "--network=none", "--tag=built", str(context), buildkit=buildkit)
+    host.docker("build", "--network=none", "--tag=built", "/data/context", buildkit=buildkit)
     assert len(diff_ids(host, "built")) == 5
     seen = host.docker("run", "--rm", "--network=none", "built", "ls", "/", "/dir")
     assert {"made", "moved", "new", "big2"} <= set(seen.split())
     assert not {"big", "copied", "old"} & set(seen.split())
-    saved = host.docker_bytes("save", "built")
+    saved = host.output("save", "built")
     host.docker("rmi", "built")
     host.docker("builder", "prune", "--all", "--force")
-    host.docker("load", data=saved)
+    host.load(saved)
     assert host.docker("run", "--rm", "--network=none", "built", "ls", "/made") == "/made"
 
 
@@ -177,8 +181,8 @@ def test_containers_outlive_the_plugin(host: DockerHost) -> None:
     host.start_plugin()
     host.docker("exec", "one", "touch", "/after")
     assert host.docker("diff", "one").splitlines() == ["A /after", "A /before", "A /during"]
-    host.docker("cp", "one:/big", str(host.data / "big"))  # mounts and unmounts the root once more
-    assert (host.data / "big").read_bytes() == BIG
+    host.docker("cp", "one:/big", "/data/big")  # mounts and unmounts the root once more
+    assert host.machine.path("/data/big").read_bytes() == BIG
     host.docker("exec", "one", "ls", "/before", "/during", "/after")
     host.docker("commit", "one", "second")
     host.docker("rm", "--force", "one")
@@ -198,16 +202,15 @@ def test_limits_are_refused_not_ignored(host: DockerHost) -> None:
     assert "not supported" in host.refused("run", "--network=none", "--storage-opt=size=1G", "base", "true")
 
 
-def test_the_root_is_as_with_overlay2(host: DockerHost, tmp_path: Path) -> None:
+def test_the_root_is_as_with_overlay2(host: DockerHost, pool: Path, request: pytest.FixtureRequest) -> None:
     """Attribute by attribute: what `docker export` says of a container's root."""
     host.docker("create", "--name=one", "base")
-    ours = members(host.docker_bytes("export", "one"))
+    ours = members(host.output("export", "one"))
     host.stop()
-    with DockerHost(programs(), tmp_path / "own", None) as own:
-        own.start()
-        own.docker("load", data=archive())
+    with docker_host(request.node.callspec.params["host"][0], pool / f"{next(_numbers)}", None) as own:
+        own.load(archive())
         own.docker("create", "--name=one", "base")
-        theirs = members(own.docker_bytes("export", "one"))
+        theirs = members(own.output("export", "one"))
         own.stop()
     assert ours == theirs
     assert "hidden/old" not in ours

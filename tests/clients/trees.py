@@ -25,7 +25,7 @@ PACKAGES = (
 )  # fmt: skip
 
 EXTRA = {
-    "bookworm": (),  # its Docker has no containerd image store yet
+    "bookworm": ("docker.io",),  # without a containerd image store yet, but with graph driver plugins
     "trixie": ("docker.io", "docker-cli", "docker-buildx"),
     "sid": ("docker.io", "docker-cli", "docker-buildx"),
 }

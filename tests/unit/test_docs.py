@@ -27,7 +27,7 @@ _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"(?<![\w/.])(?:src/hpmapper|tests|tools|docs|requirements)/[\w./-]*")
 _MODULE = re.compile(r"(?<![\w/.<>-])hpmapper(?:\.[a-z_]+)+")
-_NO_MODULES = {"hpmapper.db", "hpmapper.service", "hpmapper.sock"}
+_NO_MODULES = {"hpmapper.db", "hpmapper.service", "hpmapper.sock", "hpmapper.socket"}
 _NOT_IN_SLUGS = re.compile(r"[^\w\- ]")
 _PLACEHOLDER = re.compile(r"[A-Z]+|…|\.\.\.")
 

@@ -1,4 +1,4 @@
-"""The unit: well formed by systemd's own judgement, and without anything that would hide our mounts."""
+"""The units: well formed by systemd's own judgement, and without anything that would hide our mounts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpmapper.cli.configure import DEFAULT_ADDRESS
 from hpmapper.config import DEFAULT_ROOT
 
 UNITS = Path(__file__).parents[2] / "packaging" / "systemd"
-SERVICE = UNITS / "hpmapper.service"
+SERVICE, SOCKET = UNITS / "hpmapper.service", UNITS / "hpmapper.socket"
 
 OWN_NAMESPACE = re.compile(
     r"Bind(ReadOnly)?Paths|DynamicUser|(No)?ExecPaths|InaccessiblePaths|ReadOnlyPaths|ReadWritePaths|LogNamespace"
@@ -37,19 +37,21 @@ def test_mounts_are_seen_by_the_host() -> None:
 
 
 def test_the_daemon_is_where_clients_are_told_it_is() -> None:
-    service = settings(SERVICE)
+    service, socket = settings(SERVICE), settings(SOCKET)
+    assert socket["ListenStream"] == [DEFAULT_ADDRESS]
+    assert socket["SocketMode"] == ["0600"]
     assert service["ExecStart"][0].endswith(f" serve --address {DEFAULT_ADDRESS}")
     assert service["RequiresMountsFor"] == [str(DEFAULT_ROOT)]
     assert service["Type"] == ["notify"]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="NOT RUN: there is no systemd-analyze here")
-def test_systemd_takes_it(tmp_path: Path) -> None:
-    # The program itself need not be installed where the tests run.
-    unit = tmp_path / SERVICE.name
-    unit.write_text(SERVICE.read_text().replace("/usr/bin/hpmapper", "/bin/true"))
+def test_systemd_takes_them(tmp_path: Path) -> None:
+    for unit in (SERVICE, SOCKET):
+        # The program itself need not be installed where the tests run.
+        (tmp_path / unit.name).write_text(unit.read_text().replace("/usr/bin/hpmapper", "/bin/true"))
     done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        ["systemd-analyze", "verify", "--man=no", *map(str, sorted(tmp_path.iterdir()))],
         capture_output=True,
         text=True,
         check=False,

@@ -14,14 +14,17 @@ from hpmapper.cli import output
 from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.session import config_of
 from hpmapper.cli.state import State, json_option, pass_state
+from hpmapper.config import Config
 from hpmapper.configure import containerd as for_containerd
 from hpmapper.configure import docker as for_docker
 from hpmapper.configure import document, file
 from hpmapper.configure.draft import Draft, dotted
 from hpmapper.configure.version import Version, installed, parse
+from hpmapper.drivers.registry import DRIVERS, by_name
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.image.platforms import this_machine
 from hpmapper.kernel.probe import probe_all
+from hpmapper.root import driver_of
 
 DEFAULT_ADDRESS = "/run/hpmapper/hpmapper.sock"
 
@@ -86,16 +89,16 @@ def containerd(
     Without --apply or --check, prints what a file of its own would say, with reasons.
     """
     version = parse(wanted) if wanted else installed(program)
-    root = config_of(state).root
+    settings = config_of(state)
     wishes = for_containerd.Wishes(
         name=for_docker.require_name(name),
         address=_absolute(address),
-        root=str(root),
+        root=str(settings.root),
         platform=platform or str(this_machine()),
         cri=not no_cri,
         differ=not no_differ,
         rebase=not no_rebase,
-        remap_ids=_idmaps(root) if remap_ids is None else remap_ids,
+        remap_ids=_maps_ids(settings) if remap_ids is None else remap_ids,
     )
     target = _Target(
         "containerd",
@@ -258,6 +261,13 @@ def _absolute(address: str) -> str:
     return path
 
 
-def _idmaps(root: Path) -> bool:
-    where = next(path for path in (root, *root.parents) if path.is_dir())
-    return any(feature.available for feature in probe_all(where) if feature.name == "idmapped-mounts")
+def _maps_ids(config: Config) -> bool:
+    """Whether the root's driver and this host can show files under other owners."""
+    try:
+        driver = by_name(driver_of(config))
+    except PermissionError:
+        driver = DRIVERS[0]  # somebody else than root may still look
+    if not driver.make(config.root, config.pool(), config.options).capabilities.maps_ids:
+        return False
+    where = next(path for path in (config.root, *config.root.parents) if path.is_dir())
+    return any(feature.available for feature in probe_all(where, ["idmapped-mounts"]))

@@ -39,8 +39,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 def serve(state: State, address: Path, containerd_address: Path, docker_plugin: Path | None) -> None:
     """Serve the root to containerd and Docker until told to stop.
 
-    Stops on SIGTERM: calls under way are finished first. Running containers are not touched, and go on to be served by
-    the next daemon.
+    containerd has its snapshotter and differ here, older Dockers their graph driver. Stops on SIGTERM: calls under way
+    are finished first. Running containers are not touched, and go on to be served by the next daemon.
     """
     if not state.debug:
         logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")

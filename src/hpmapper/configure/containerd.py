@@ -190,7 +190,7 @@ def _why_no_rebase(version: Version, wishes: Wishes) -> str:
 
 def _why_no_remap(version: Version, wishes: Wishes) -> str:
     if not wishes.remap_ids:
-        return "not wanted, or idmapped mounts do not work here (`hpmapper doctor`)"
+        return "not wanted, or the driver or this host cannot (`hpmapper doctor`)"
     if version < _CAPABILITIES:
         return f"containerd {version} asks no proxy for it, {_CAPABILITIES} does"
     return ""

@@ -78,7 +78,7 @@ def _plugin(result: Draft, version: Version, name: str) -> None:
         result.conflicts.append("features.containerd-snapshotter is set, and then Docker asks no graph driver")
     if result.get(("storage-opts",)):
         result.note("storage-opts are passed on to the plugin, which refuses those that it does not know")
-    result.note(f"the plugin must answer at {PLUGIN_DIRECTORY}/{name}.sock before dockerd starts")
+    result.note(f"before dockerd starts: hpmapper serve --docker-plugin {PLUGIN_DIRECTORY}/{name}.sock")
 
 
 def require_name(name: str) -> str:

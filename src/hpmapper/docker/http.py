@@ -1,6 +1,8 @@
-"""A small HTTP/1.1 server on a unix socket: one thread for each connection, bodies of any length both ways.
+"""A small HTTP/1.1 server on a unix socket: bodies of any length both ways.
 
-h11 knows HTTP: it parses, frames and refuses. What is left here is reading, writing, and an orderly end.
+h11 knows HTTP: it parses, frames and refuses. What is left here is reading, writing, and an orderly end. Each
+connection has a thread that waits for requests; those are answered by a fixed number of others, since a thread that
+asks the database keeps a connection to it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -29,6 +32,9 @@ _RECEIVE = 256 << 10
 _SEND = 256 << 10
 _MAX_HEADERS = 64 << 10
 _LOOKS_UP = 3600.0
+
+_WORKERS = 32
+"""Requests that are answered at a time. A long one is a layer on its way to or from a registry."""
 _MAX_SOCKET_PATH = 107  # unix(7)
 
 
@@ -70,6 +76,7 @@ class Server:
         """
         self.address = address
         self._connections: set[_Connection] = set()
+        self._workers = ThreadPoolExecutor(_WORKERS, "http-worker")
         self._lock = threading.Lock()
         self._stopping = False
         address.parent.mkdir(parents=True, exist_ok=True)
@@ -100,10 +107,11 @@ class Server:
             if not connection.ended.wait(max(0.0, deadline - time.monotonic())):
                 connection.cut_off()
         self._server.server_close()  # joins the connections' threads
+        self._workers.shutdown()
 
     def _converse(self, sock: socket.socket) -> None:
         """Answer the requests of one connection."""
-        connection = _Connection(sock, self._handle, self._failed)
+        connection = _Connection(sock, self._workers, self._handle, self._failed)
         with self._lock:
             if self._stopping:
                 return
@@ -155,9 +163,10 @@ def _clear_stale(address: Path) -> None:
 class _Connection:
     """One client's requests, one after the other."""
 
-    def __init__(self, sock: socket.socket, handle: Handle, failed: Failed) -> None:
+    def __init__(self, sock: socket.socket, workers: ThreadPoolExecutor, handle: Handle, failed: Failed) -> None:
         self.ended = threading.Event()
         self._sock = sock
+        self._workers = workers
         self._handle = handle
         self._failed = failed
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADERS)
@@ -210,7 +219,7 @@ class _Connection:
         request = Request(
             event.method.decode("ascii"), target.path, dict(parse_qsl(target.query)), cast(BinaryIO, body)
         )
-        whole = self._respond(request)
+        whole = self._workers.submit(self._respond, request).result()
         # What the handler left of the body would be taken for the next request.
         return whole and body.is_read() and not self._last and self._http.our_state is not h11.MUST_CLOSE
 
