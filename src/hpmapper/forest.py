@@ -164,7 +164,7 @@ class Forest:
         """What is to be mounted of a snapshot that was just recorded; it is taken back if that cannot be made."""
         self.engine.make(recorded, finish=False)
         try:
-            return self.engine.handout(*recorded, ids=self._ids(recorded.snapshot))
+            return self.engine.handout(recorded.snapshot, recorded.below, ids=self._ids(recorded.snapshot))
         except BaseException:
             self.engine.unmake(recorded.snapshot)
             raise
