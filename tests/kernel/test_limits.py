@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpmapper.config import Config
 from hpmapper.docker.layers import Layers
 from hpmapper.drivers import limits
 from hpmapper.drivers.overlay import OverlayDriver
@@ -23,6 +24,7 @@ from hpmapper.model import Kind, SnapshotId
 from hpmapper.pool.base import MIB
 from hpmapper.pool.floor import Floor
 from hpmapper.pool.tools import run_tool
+from hpmapper.root import open_root, remove_root
 
 pytestmark = pytest.mark.kernel
 
@@ -177,3 +179,14 @@ def test_dockers_storage_option_is_a_limit(engine: Engine, place: Path) -> None:
     refused = run_tool(["dd", "if=/dev/zero", f"of={root}/file", "bs=1M", "count=20"], accept=[1])
     assert "Disk quota exceeded" in refused.stderr
     layers.unmount("container")
+
+
+def test_a_root_that_is_removed_leaves_no_limits(place: Path) -> None:
+    qgroup.enable_simple(place)
+    config = Config(root=place / "root", driver="overlay")
+    with open_root(config) as opened:
+        opened.engine.mount(opened.engine.prepare("one", None, size=16 * MIB))
+    assert len(_groups(place)) == 1
+    remove_root(config, force=True)
+    assert _groups(place) == []
+    assert os.listdir(place) == []
