@@ -21,20 +21,25 @@ from hpmapper import faults
 from hpmapper.check import check
 from hpmapper.config import Config
 from hpmapper.containers import Containers
+from hpmapper.drivers.limits import GROUP_LEVEL
 from hpmapper.engine import Engine
 from hpmapper.image import oci, platforms
 from hpmapper.image.documents import ImportOptions, imported_config
 from hpmapper.image.opening import SourceOptions
 from hpmapper.images import Images
+from hpmapper.kernel import qgroup
+from hpmapper.kernel.fs import filesystem_name
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.model import Kind
+from hpmapper.pool.tools import run_tool
 from hpmapper.root import DATABASE, open_root
 from hpmapper.testing import trees
 from hpmapper.testing.tars import LINK, folder, member, tar
 
 _SECONDS = 60
 _BIG = bytes(range(256)) * 1500
+_LIMIT = 64 << 20
 
 LAYERS = {
     "a": tar(
@@ -136,7 +141,8 @@ def run(config: Config, layouts: Path, report: Report) -> None:
         with report.step("image made"):
             containers.commit(one, ["made"], ImportOptions())
         with report.step("container two"):
-            two = containers.create("made", "two")
+            limited = opened.engine.driver.capabilities.size_limits
+            two = containers.create("made", "two", size=_LIMIT if limited else None)
         containers.mount(two)
         with report.step("no image other"):  # durable, which the container's making was not
             images.remove("other")
@@ -199,6 +205,14 @@ def verify(config: Config, states: dict[str, bool | None], expected: dict[str, s
         assert_no_orphans(engine)
         stored = engine.driver.stored()
         assert (stored.snapshots, stored.layers, stored.objects) == (set(), set(), set())
+        assert_no_groups(engine.driver.scratch)
+
+
+def assert_no_groups(place: Path) -> None:
+    """Fail if a btrfs has a group of a limit that has gone."""
+    if filesystem_name(place) == "btrfs" and qgroup.mode(place) is qgroup.Mode.SIMPLE:
+        shown = run_tool(["btrfs", "qgroup", "show", "--raw", place]).stdout.split()
+        assert [word for word in shown if word.startswith(f"{GROUP_LEVEL}/")] == []
 
 
 def _assert_states(states: dict[str, bool | None], kind: str, present: set[str]) -> None:

@@ -27,11 +27,14 @@ class Containers:
         self._db = engine.db
         self._images = Images(engine)
 
-    def create(self, image: str, name: str | None = None) -> ContainerRow:
+    def create(self, image: str, name: str | None = None, *, size: int | None = None) -> ContainerRow:
         """Make a container of an image (see `Images.find`); without a name it gets a random one.
+
+        It may keep `size` bytes; None: without limit.
 
         Raises:
             AlreadyExists: the name is taken. NotFound: there is no such image. NoSpace: the pool is too full.
+            Unsupported: no limit is possible here. InvalidArgument: the limit is too small.
         """
         row = self._images.find(image)
         name = object_name(name, "container") if name is not None else secrets.token_hex(6)
@@ -39,6 +42,7 @@ class Containers:
             self._engine.prepare(
                 f"container-{name}",
                 self._images.top(row),
+                size=size,
                 also=lambda transaction, snapshot: meta.add_container(transaction, name, snapshot, row.id),
                 undo=lambda transaction, _: meta.forget_container(transaction, name),
             )
@@ -76,6 +80,10 @@ class Containers:
     def changes(self, container: ContainerRow) -> Iterator[Change]:
         """What it changed, in path order."""
         return self._engine.changes(self.snapshot(container))
+
+    def limit(self, container: ContainerRow) -> int | None:
+        """How much it may keep, in bytes; None: without limit."""
+        return snapshots.size_limit(self._db, container.snapshot)
 
     def usage(self, container: ContainerRow) -> Usage:
         """What it alone occupies."""

@@ -72,10 +72,11 @@ class Collected:
 
 
 class Recorded(NamedTuple):
-    """A snapshot that is recorded, and the layers below it, nearest first."""
+    """A snapshot that is recorded, the layers below it, nearest first, and how many bytes it may keep."""
 
     snapshot: Snapshot
     below: list[SnapshotId]
+    size: int | None = None
 
 
 class Blob(NamedTuple):
@@ -361,18 +362,20 @@ class Engine:
         parent: Snapshot | None,
         kind: Kind = Kind.ACTIVE,
         *,
+        size: int | None = None,
         also: Also | None = None,
         undo: Also | None = None,
     ) -> Snapshot:
-        """Make an active snapshot, or a view, of `parent`.
+        """Make an active snapshot, or a view, of `parent`; it may keep `size` bytes (None: without limit).
 
         `also` is recorded in the same transaction, and taken back by `undo` should making the storage fail.
 
         Raises:
-            AlreadyExists: the key is taken. InvalidArgument: the parent is not committed. NoSpace: no room.
+            AlreadyExists: the key is taken. NoSpace: no room. Unsupported: no limit is possible here.
+            InvalidArgument: the parent is not committed, or the limit is too small.
         """
         # Not durable: power loss may take back a container that nobody can have written to for long.
-        recorded = self.record(key, parent, kind, also, durable=False)
+        recorded = self.record(key, parent, kind, also, size=size, durable=False)
         self.make(recorded, undo)
         return recorded.snapshot
 
@@ -383,6 +386,7 @@ class Engine:
         kind: Kind = Kind.ACTIVE,
         also: Also | None = None,
         *,
+        size: int | None = None,
         durable: bool = True,
     ) -> Recorded:
         """Record an active snapshot or a view. Its storage is made by `make`, or else by whoever asks for it first.
@@ -393,21 +397,23 @@ class Engine:
         self._require_room(len(below))
         with self.db.transaction(durable=durable) as transaction:
             snapshot = snapshots.add(transaction, key, kind, parent)
+            if size is not None:
+                snapshots.set_size_limit(transaction, snapshot.id, size)
             if also:
                 also(transaction, snapshot.id)
         faults.point("prepare.recorded")
-        return Recorded(snapshot, below)
+        return Recorded(snapshot, below, size)
 
     def make(self, recorded: Recorded, undo: Also | None = None, *, finish: bool = True) -> None:
         """Make a recorded snapshot's storage, or take back the record.
 
         Without `finish` it does not wait for the image to be made ready for quick starts.
         """
-        snapshot, below = recorded
+        snapshot, below, size = recorded
         try:
             if finish:
                 self.driver.finish(below, {})
-            self.driver.prepare(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
+            self.driver.prepare(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW, size=size)
         except BaseException:
             self.unmake(snapshot, undo)
             raise
@@ -431,7 +437,8 @@ class Engine:
         self._require_uncommitted(snapshot)
         below = self.below(snapshot)
         if not self.driver.has(snapshot.id):
-            self.driver.prepare(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
+            size = snapshots.size_limit(self.db, snapshot.id)
+            self.driver.prepare(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW, size=size)
         return below
 
     def below(self, snapshot: Snapshot) -> list[SnapshotId]:

@@ -53,6 +53,9 @@ UID_LABEL, GID_LABEL = "containerd.io/snapshot/uidmapping", "containerd.io/snaps
 DIFF_ID_LABEL = "containerd.io/snapshot/diff-id"
 """Its DiffID (containerd 2.3)."""
 
+MAX_SIZE_LABEL = "containerd.io/snapshot/max-size"
+"""How many bytes an active snapshot may keep, as a decimal number (containerd 2.4, its pull request 13520)."""
+
 _HIDDEN = "applied:"
 """How the keys begin of committed snapshots that hold an applied layer below what was written on top of it."""
 
@@ -136,8 +139,13 @@ class Forest:
 
     # Growing.
 
-    def prepare(self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE) -> Recorded:
+    def prepare(
+        self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE, *, size: int | None = None
+    ) -> Recorded:
         """Record an active snapshot or a view of `parent` ("": of nothing); `first_mounts` makes its storage.
+
+        An active one may keep `size` bytes; None: what `MAX_SIZE_LABEL` says, else without limit. Whether a limit is
+        possible turns out when the storage is made.
 
         Raises:
             AlreadyExists: the key is taken; or what was to be unpacked into it (`TARGET_LABEL`) is there already, and
@@ -156,7 +164,7 @@ class Forest:
             snapshots.add_labels(transaction, snapshot, labels)
 
         try:
-            return self.engine.record(inner, below, kind, label)
+            return self.engine.record(inner, below, kind, label, size=size or _size_limit(labels, kind))
         except AlreadyExists:
             raise AlreadyExists(f"snapshot {key!r} exists already") from None
 
@@ -164,7 +172,7 @@ class Forest:
         """What is to be mounted of a snapshot that was just recorded; it is taken back if that cannot be made."""
         self.engine.make(recorded, finish=False)
         try:
-            return self.engine.handout(*recorded, ids=self._ids(recorded.snapshot))
+            return self.engine.handout(recorded.snapshot, recorded.below, ids=self._ids(recorded.snapshot))
         except BaseException:
             self.engine.unmake(recorded.snapshot)
             raise
@@ -496,6 +504,15 @@ def _id_ranges(text: str) -> list[IdRange]:
 
 def _sealed_layer(snapshot: SnapshotId) -> Layer:
     return Layer(snapshot, "", bound=True, digest=None, tar_size=0, size=-1, inodes=0, damaged=False, sealed=True)
+
+
+def _size_limit(labels: Labels, kind: Kind) -> int | None:
+    text = labels.get(MAX_SIZE_LABEL)
+    if text is None or kind is not Kind.ACTIVE:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise InvalidArgument(f"label {MAX_SIZE_LABEL} is {text[:64]!r}", hint="a number of bytes")
+    return int(text)
 
 
 def _check_labels(labels: Labels) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from hpmapper import faults
 from hpmapper.config import Config
 from hpmapper.drivers import registry
+from hpmapper.drivers.base import Driver
 from hpmapper.drivers.registry import Registered
 from hpmapper.engine import Engine
 from hpmapper.errors import AlreadyExists, FailedPrecondition, HpmapperError, NotFound, Unsupported
@@ -29,7 +30,7 @@ from hpmapper.kernel import lock
 from hpmapper.meta import images
 from hpmapper.meta.db import Database
 from hpmapper.pool import open_pool
-from hpmapper.pool.base import LOCK_NAME, Pool, PoolConfig
+from hpmapper.pool.base import LOCK_NAME, Pool, PoolConfig, PoolKind
 from hpmapper.store import workspace
 from hpmapper.store.workspace import remove_tree
 
@@ -220,11 +221,24 @@ def _remove_storage(config: Config, db: Database) -> None:
     if registered:
         driver = registered.make(config.root, pool_config, config.own_options(registered))
         _require_unused(driver.scratch)
+        if not registered.needs_pool or pool_config.kind is PoolKind.DIRECTORY:
+            _lift_limits(driver)
         driver.detach()
     if stored:
         open_pool(config.root, pool_config).destroy()
     if registered and not registered.needs_pool and (config.root / registered.name).exists():
         remove_tree(config.root / registered.name)
+
+
+def _lift_limits(driver: Driver) -> None:
+    """Remove the snapshots one by one, if there are limits: nothing of these is to stay on the host's file system."""
+    try:
+        driver.attach()
+    except NotFound:
+        return  # half removed before
+    if driver.capabilities.size_limits:
+        for snapshot in driver.stored().snapshots:
+            driver.remove(snapshot)
 
 
 def _require_unused(scratch: Path) -> None:

@@ -60,7 +60,7 @@ def _config(directory: Path, driver: str) -> Config:
     return Config(root=directory / "root", driver=driver).with_options(["pool.size=400M", "min_free_space=0"])
 
 
-@pytest.fixture(params=["hpmapper", "overlay", "vfs"])
+@pytest.fixture(params=["hpmapper", "overlay", "btrfs", "vfs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, private_mounts: None) -> Iterator[Place]:
     made = Place(_config(tmp_path, request.param), tmp_path)
     scenario.write_layouts(made.layouts)

@@ -113,6 +113,40 @@ def diff_ids(archive: Path) -> list[str]:
         return list(json.load(config)["rootfs"]["diff_ids"])
 
 
+def test_a_container_keeps_no_more_than_it_may(tmp_path: Path) -> None:
+    cli = Cli(tmp_path / "root")
+    cli.run("pool", "create", "--fs", "btrfs")
+    cli.run("image", "import", f"dir:{busybox_root(tmp_path / 'rootfs')}", "busybox")
+    cli.run("container", "create", "--name", "limited", "--size", "16M", "busybox")
+    fill = ("dd", "if=/dev/zero", "of=/data/new", "bs=1M", "count=40")
+    cli.run("container", "start", "limited", *fill, status=1)
+    listed = cli.json("container", "ls")
+    assert isinstance(listed, list)
+    (facts,) = listed
+    assert facts["limit"] == 16 << 20
+    assert 15 << 20 < facts["size"] <= 16 << 20
+    cli.run("container", "rm", "limited")
+    cli.run("run", "--rm", "busybox", *fill)
+    cli.run("container", "create", "--size", "16", "busybox", status=2)
+    assert cli.json("container", "ls") == []
+    cli.run("pool", "rm", "--force")
+
+
+def test_a_limit_where_there_is_none_is_refused(tmp_path: Path) -> None:
+    cli = Cli(tmp_path / "root")
+    cli.command.append("--storage-driver=vfs")
+    cli.run("image", "import", f"dir:{busybox_root(tmp_path / 'rootfs')}", "busybox")
+    with_limit = subprocess.run(
+        [*cli.command, "run", "--size", "1G", "busybox", "true"], capture_output=True, text=True, check=False
+    )
+    if with_limit.returncode == 0:
+        pytest.skip("the host's own file system has project quota")
+    assert with_limit.returncode == 125
+    assert "cannot limit sizes" in with_limit.stderr
+    assert cli.json("container", "ls") == []
+    cli.run("pool", "rm", "--force")
+
+
 def test_the_pool_grows_while_a_container_runs(cli: Cli) -> None:
     running = subprocess.Popen([*cli.command, "run", "--name", "long", "box", "sleep", "60"])
     try:

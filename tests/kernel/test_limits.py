@@ -11,13 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from hpmapper.config import Config
+from hpmapper.docker.layers import Layers
 from hpmapper.drivers import limits
 from hpmapper.drivers.overlay import OverlayDriver
-from hpmapper.errors import FailedPrecondition, Unsupported
+from hpmapper.engine import Engine
+from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
+from hpmapper.forest import MAX_SIZE_LABEL, Forest
 from hpmapper.kernel import btrfs, loop, mount, qgroup
-from hpmapper.model import SnapshotId
+from hpmapper.meta.db import Database
+from hpmapper.model import Kind, SnapshotId
 from hpmapper.pool.base import MIB
+from hpmapper.pool.floor import Floor
 from hpmapper.pool.tools import run_tool
+from hpmapper.root import open_root, remove_root
 
 pytestmark = pytest.mark.kernel
 
@@ -132,3 +139,54 @@ def test_subvolumes_made_inside_count_too(place: Path) -> None:
     found.lift(top)
     assert _groups(place) == []
     btrfs.delete_subvolume(top)
+
+
+@pytest.fixture
+def engine(place: Path) -> Iterator[Engine]:
+    """An engine of the overlay driver, with quotas on."""
+    qgroup.enable_simple(place)
+    driver = OverlayDriver(place / "data")
+    driver.attach()
+    made = Engine(Database(place / "db"), driver, Floor())
+    made.reconcile()
+    yield made
+    made.detach()
+    made.close()
+
+
+def test_containerds_label_is_a_limit(engine: Engine, place: Path) -> None:
+    forest = Forest(engine, "containerd")
+    made = forest.prepare("limited", "", {MAX_SIZE_LABEL: str(16 * MIB)})
+    forest.first_mounts(made)
+    assert limits.limit_of(place / f"data/a/{made.snapshot.id}") == 16 * MIB
+    for text in ("-1", "16M", "", "9" * 30, "²"):
+        with pytest.raises(InvalidArgument, match="max-size"):
+            forest.prepare("wrong", "", {MAX_SIZE_LABEL: text})
+    small = forest.prepare("small", "", {MAX_SIZE_LABEL: "1"})
+    with pytest.raises(InvalidArgument, match="too small"):
+        forest.first_mounts(small)
+    assert [info.key for info in forest.walk()] == ["limited"]
+    view = forest.prepare("view", "", {MAX_SIZE_LABEL: "1"}, Kind.VIEW)
+    forest.first_mounts(view)
+
+
+def test_dockers_storage_option_is_a_limit(engine: Engine, place: Path) -> None:
+    layers = Layers(Forest(engine, "docker"), lambda: None)
+    layers.create("init", "", {"size": "16M"}, "")
+    layers.create("container", "init", {"size": "16M"}, "")
+    assert [limits.limit_of(top) for top in sorted(place.glob("data/a/*"))] == [16 * MIB] * 2
+    root = layers.mount("container")
+    refused = run_tool(["dd", "if=/dev/zero", f"of={root}/file", "bs=1M", "count=20"], accept=[1])
+    assert "Disk quota exceeded" in refused.stderr
+    layers.unmount("container")
+
+
+def test_a_root_that_is_removed_leaves_no_limits(place: Path) -> None:
+    qgroup.enable_simple(place)
+    config = Config(root=place / "root", driver="overlay")
+    with open_root(config) as opened:
+        opened.engine.mount(opened.engine.prepare("one", None, size=16 * MIB))
+    assert len(_groups(place)) == 1
+    remove_root(config, force=True)
+    assert _groups(place) == []
+    assert os.listdir(place) == []

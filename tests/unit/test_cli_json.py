@@ -94,7 +94,7 @@ def test_a_container_from_end_to_end(facts: Facts) -> None:
         {"kind": "A", "path": "/etc/new \udcff"},
     ]
     (listed,) = facts("container", "ls")
-    assert listed.keys() == {"name", "image", "image_id", "created", "size", "running", "mounted"}
+    assert listed.keys() == {"name", "image", "image_id", "created", "size", "limit", "running", "mounted"}
     assert (listed["image"], listed["running"], listed["mounted"]) == ("base:1", False, False)
     committed = facts("container", "commit", "c", "changed:1", "-m", "why", "-a", "me")
     assert committed["names"] == ["docker.io/library/changed:1"]

@@ -10,12 +10,13 @@ import click
 
 from hpmapper.cli import output
 from hpmapper.cli.groups import NearestGroup
-from hpmapper.cli.run import FAILED, Words, run_container, run_options
+from hpmapper.cli.run import FAILED, Words, run_container, run_options, size_option
 from hpmapper.cli.session import Session, session
 from hpmapper.cli.state import State, json_option, pass_state
 from hpmapper.image import reference
 from hpmapper.image.documents import ImportOptions
 from hpmapper.meta.images import ContainerRow
+from hpmapper.pool.base import parse_size
 
 
 @click.group(cls=NearestGroup)
@@ -29,12 +30,13 @@ _name = click.argument("name", metavar="CONTAINER")
 @container.command()
 @click.argument("image")
 @click.option("--name", metavar="NAME", help="By default a random one.")
+@size_option
 @json_option
 @pass_state
-def create(state: State, image: str, name: str | None) -> None:
+def create(state: State, image: str, name: str | None, size: str | None) -> None:
     """Make a container of IMAGE, and print its name."""
     with session(state) as opened:
-        row = opened.containers.create(image, name)
+        row = opened.containers.create(image, name, size=parse_size(size) if size else None)
     output.show(state, {"name": row.name, "image": row.image}, lambda: row.name)
 
 
@@ -79,6 +81,7 @@ def _listed(opened: Session, row: ContainerRow) -> dict[str, Any]:
         "image_id": row.image,
         "created": output.timestamp(row.created),
         "size": opened.containers.usage(row).size,
+        "limit": opened.containers.limit(row),
         "running": opened.place(row.name).is_running(),
     }
 

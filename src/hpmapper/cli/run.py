@@ -14,6 +14,7 @@ from hpmapper.cli.state import State, pass_state
 from hpmapper.errors import HpmapperError
 from hpmapper.image import oci
 from hpmapper.meta.images import ContainerRow
+from hpmapper.pool.base import parse_size
 from hpmapper.runtime.run import Runner, find_runtime, require_terminal
 from hpmapper.runtime.spec import Defaults, Options
 from hpmapper.runtime.volumes import parse_volume
@@ -71,6 +72,9 @@ _OPTIONS = (
 )
 
 
+size_option = click.option("--size", metavar="SIZE", help="How much it may keep, where the file system has limits.")
+
+
 def run_options(command: _Command) -> _Command:
     """The options of everything that runs a container."""
     for option in reversed(_OPTIONS):
@@ -82,6 +86,7 @@ def run_options(command: _Command) -> _Command:
 @click.argument("image")
 @click.argument("command", nargs=-1)
 @click.option("--name", metavar="NAME", help="The container's name; by default a random one.")
+@size_option
 @click.option("--rm", "remove", is_flag=True, help="Remove the container when it has ended, however it did.")
 @run_options
 @pass_state
@@ -93,6 +98,7 @@ def run(
     image: str,
     command: Sequence[str],
     name: str | None,
+    size: str | None,
     remove: bool,
     **words: Any,
 ) -> None:
@@ -105,7 +111,7 @@ def run(
     typed = Words(**words)
     options = typed.options(command)
     with session(state) as opened:
-        container = opened.containers.create(image, name)
+        container = opened.containers.create(image, name, size=parse_size(size) if size else None)
         try:
             status = run_container(opened, container, options, typed.runtime)
         finally:

@@ -30,6 +30,7 @@ from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Snapshot
 from hpmapper.model import Change, ChangeKind, Kind, SnapshotId, object_name
+from hpmapper.pool.base import parse_size
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +55,17 @@ class Layers:
 
         Raises:
             AlreadyExists: the id is taken. NotFound: there is no such parent.
-            Unsupported: an option or a mount label is asked for. InvalidArgument: a malformed id.
+            Unsupported: an option other than size, a limit where there is none, or a mount label is asked for.
+            InvalidArgument: a malformed id or size.
         """
         object_name(layer, "layer")
-        if options:
+        unknown = options.keys() - {"size"}
+        if unknown:
             raise Unsupported(
-                f"layer {layer}: --storage-opt {next(iter(options))} is not supported by the plugin",
-                hint="leave it out, or set limits by hpmapper's own means",
+                f"layer {layer}: --storage-opt {min(unknown)} is not supported by the plugin",
+                hint="leave it out; size is supported where the file system can limit it",
             )
+        size = parse_size(options["size"]) if "size" in options else None
         if mount_label:
             raise Unsupported(
                 f"layer {layer}: SELinux mount labels are not supported by the plugin",
@@ -73,7 +77,9 @@ class Layers:
             below = _complete(parent) if parent else ""
             if parent:
                 self._finish(parent)
-            self._forest.prepare(_written(layer), below, {})
+            recorded = self._forest.prepare(_written(layer), below, {}, size=size)
+            if size is not None:
+                self._engine.make(recorded, finish=False)  # now: a limit that cannot be is refused here
 
     def remove(self, layer: str) -> None:
         """Remove a layer; one that is not there is no error. Its storage is freed later.

@@ -6,7 +6,7 @@ objects and maps raw BLAKE3, digests of OCI things text ("sha256:…").
 
 from __future__ import annotations
 
-VERSION = 2
+VERSION = 3
 """Kept in `PRAGMA user_version`. A newer one is refused, an older one migrated by `MIGRATIONS`."""
 
 _FRONT_ENDS = """
@@ -30,6 +30,14 @@ CREATE TABLE blob (
     diff_id  TEXT NOT NULL,
     tar_size INTEGER NOT NULL
 ) WITHOUT ROWID;
+"""
+
+_SIZE_LIMIT = """
+-- How much an active snapshot may keep, in bytes; those without a limit are not in here.
+CREATE TABLE size_limit (
+    snapshot INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
+    size     INTEGER NOT NULL
+);
 """
 
 SCHEMA = (
@@ -127,9 +135,11 @@ CREATE TABLE container (
 
 """
     + _FRONT_ENDS
+    + _SIZE_LIMIT
 )
 
 MIGRATIONS: dict[int, str] = {
     1: "ALTER TABLE layer ADD COLUMN sealed INTEGER NOT NULL DEFAULT 0;\n" + _FRONT_ENDS,
+    2: _SIZE_LIMIT,
 }
 """From version N to N + 1."""

@@ -428,6 +428,17 @@ def touch(db: Transaction, snapshot: SnapshotId) -> None:
     db.execute("UPDATE snapshot SET updated = ? WHERE id = ?", (time.time_ns(), snapshot))
 
 
+def size_limit(db: Source, snapshot: SnapshotId) -> int | None:
+    """How much an active snapshot may keep, in bytes; None: without limit."""
+    rows = _rows(db, "SELECT size FROM size_limit WHERE snapshot = ?", snapshot)
+    return int(rows[0][0]) if rows else None
+
+
+def set_size_limit(db: Transaction, snapshot: SnapshotId, size: int) -> None:
+    """Record how much a snapshot that has just been added may keep."""
+    db.execute("INSERT INTO size_limit VALUES (?, ?)", (snapshot, size))
+
+
 def set_applied(db: Transaction, snapshot: SnapshotId, layer_id: SnapshotId) -> None:
     """Record which layer a differ read for an active snapshot.
 

@@ -145,6 +145,17 @@ def limited_removal_can_be_repeated(subject: Subject) -> None:
         assert snapshot not in subject.driver.stored().snapshots
 
 
+def storage_made_again_has_its_limit(subject: Subject) -> None:
+    """What the engine makes anew, because a crash took the storage, has the limit that was asked for at first."""
+    subject.require(subject.driver.capabilities.size_limits, "its file system has no limits")
+    base = subject.layer(tar(folder(b"open/", 0o777)))
+    container = subject.engine.prepare("limited", base, size=_LIMIT)
+    subject.driver.remove(container.id)
+    assert _write(subject.root(container) / "open") <= _LIMIT
+    refused(InvalidArgument, lambda: subject.engine.prepare("too-small", base, size=1))
+    assert subject.driver.stored().snapshots == {container.id}
+
+
 def limits_that_cannot_be_are_refused(subject: Subject) -> None:
     """Too small a limit; any limit where there is none: refused with the way to get it, and nothing is left."""
     chain = _chain(subject)
@@ -165,5 +176,6 @@ CASES: tuple[Case, ...] = (
     limits_last,
     limits_at_once,
     limited_removal_can_be_repeated,
+    storage_made_again_has_its_limit,
     limits_that_cannot_be_are_refused,
 )
