@@ -27,11 +27,15 @@ def _orphan(db: Database) -> None:
 
 
 def test_the_parts_of_a_batch_fail_one_by_one(db: Database) -> None:
-    with db.batch():
-        db.set_setting("first", "1")
-        with pytest.raises(NotFound), db.transaction() as transaction:
+    def fail() -> None:
+        with db.transaction() as transaction:
             transaction.execute("INSERT INTO setting VALUES ('lost', '1')")
             raise NotFound("as it happens")
+
+    with db.batch():
+        db.set_setting("first", "1")
+        with pytest.raises(NotFound):
+            fail()
         db.set_setting("second", "2")
         assert db.setting("first") == "1", "its own thread sees what it did"
     assert [db.setting(key) for key in ("first", "lost", "second")] == ["1", None, "2"]
@@ -73,10 +77,15 @@ def test_what_comes_afterwards_comes_after_the_batch(db: Database) -> None:
 
 def test_a_failed_batch_leaves_nothing_and_is_not_told_of(db: Database) -> None:
     told: list[int] = []
-    with pytest.raises(Exception, match="FOREIGN KEY"), db.batch():
-        db.set_setting("key", "value")
-        db.afterwards(lambda: told.append(1))
-        _orphan(db)
+
+    def fail() -> None:
+        with db.batch():
+            db.set_setting("key", "value")
+            db.afterwards(lambda: told.append(1))
+            _orphan(db)
+
+    with pytest.raises(Exception, match="FOREIGN KEY"):
+        fail()
     assert db.setting("key") is None
     assert told == []
     db.set_setting("key", "after")  # neither the lock nor a transaction is left behind
@@ -98,11 +107,16 @@ def test_without_space_a_batch_fails_as_a_whole(db: Database) -> None:
     """SQLite ends the whole transaction then, not only the part."""
     pages = db.row("PRAGMA page_count")[0]
     db.row(f"PRAGMA max_page_count = {pages + 2}")
-    with pytest.raises(NoSpace), db.batch():
-        db.set_setting("small", "1")
-        with pytest.raises(NoSpace):
-            db.set_setting("large", "x" * 1_000_000)
-        db.set_setting("last", "1")
+
+    def fail() -> None:
+        with db.batch():
+            db.set_setting("small", "1")
+            with pytest.raises(NoSpace):
+                db.set_setting("large", "x" * 1_000_000)
+            db.set_setting("last", "1")
+
+    with pytest.raises(NoSpace):
+        fail()
     assert [db.setting(key) for key in ("small", "large", "last")] == [None, None, None]
     db.row("PRAGMA max_page_count = 100000")
     db.set_setting("key", "after")
