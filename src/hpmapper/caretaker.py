@@ -163,6 +163,11 @@ class Caretaker:
             return
         try:
             self._engine.ingest_sealed_layer(waiting[0])
-        except HpmapperError as error:
-            self._hopeless.add(waiting[0])
-            log.warning("layer %s stays a directory: %s", waiting[0], error)
+        except Exception as error:
+            self._hopeless.add(waiting[0])  # whatever it is, it would be the same at once
+            log.warning("layer %s stays a directory: %s", waiting[0], error, exc_info=_unless_ours(error))
+
+
+def _unless_ours(error: Exception) -> Exception | None:
+    """What is to be logged with its traceback."""
+    return None if isinstance(error, HpmapperError) else error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,11 +21,12 @@ from hpmapper.containerd.health import HealthService
 from hpmapper.containerd.snapshots import SERVICE as SNAPSHOTS
 from hpmapper.containerd.snapshots import SnapshotService
 from hpmapper.docker import plugin
+from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition
 from hpmapper.forest import Forest
 from hpmapper.kernel import lock
 from hpmapper.root import open_root
-from hpmapper.rpc.server import Server
+from hpmapper.rpc.server import Method, Server
 
 log = logging.getLogger(__name__)
 
@@ -54,31 +56,54 @@ def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | 
     sys.setswitchinterval(_SWITCH_SECONDS)
     # Blocked before any thread is made, and waited for: a handler would run only once the main thread woke.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    _allow_many_files()
     config.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_daemon(config.root), open_root(config) as opened:
         engine = opened.engine
         caretaker = Caretaker(engine)
-        forest = Forest(engine, "containerd", caretaker)
         content = ContentStore(containerd)
-        services = (
-            SnapshotService(forest, caretaker.clean_up),
-            DiffService(forest, content),
-            HealthService({SNAPSHOTS, DIFF}),
-        )
-        methods = {path: method for service in services for path, method in service.methods().items()}
-        server = Server(methods, engine.db.batch)
+        server = Server(methods(engine, caretaker, content), engine.db.batch)
         _listen(server, address)
-        server.start()
-        caretaker.start()
-        with plugin.serving(engine, caretaker, docker_plugin) if docker_plugin else nullcontext():
+        with (
+            _running(server, caretaker, content),
+            plugin.serving(engine, caretaker, docker_plugin) if docker_plugin else nullcontext(),
+        ):
             notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
             log.info("serving %s on %s with the driver %s", config.root, address, engine.driver.name)
             signal.sigwait(_STOP_SIGNALS)
             notify("STOPPING=1")
             log.info("stopping: waiting for calls under way")
+
+
+def methods(engine: Engine, caretaker: Caretaker, content: ContentStore) -> dict[str, Method]:
+    """What is served to containerd, by path."""
+    forest = Forest(engine, "containerd", caretaker)
+    services = (
+        SnapshotService(forest, caretaker.clean_up),
+        DiffService(forest, content),
+        HealthService({SNAPSHOTS, DIFF}),
+    )
+    return {path: method for service in services for path, method in service.methods().items()}
+
+
+@contextmanager
+def _running(server: Server, caretaker: Caretaker, content: ContentStore) -> Iterator[None]:
+    """Serve while the body runs; a server that cannot go on asks the daemon to stop, and is then started anew."""
+    server.start(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    caretaker.start()
+    try:
+        yield
+    finally:
         server.stop(_DRAIN_SECONDS)
         caretaker.stop()
-        content.close()
+        content.close()  # ends the reading of layers that nobody waits for any more
+        server.close()
+
+
+def _allow_many_files() -> None:
+    """Every connection is an open file, and so are layers; the soft limit is there for select(2), which is not used."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

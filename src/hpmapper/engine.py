@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from hpmapper import faults, pace
 from hpmapper.drivers.base import ChainBelow, Driver, Fresh, Ingested, MountSpec, Progress
@@ -43,6 +43,8 @@ from hpmapper.store import workspace
 from hpmapper.store.workspace import Workspace
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _READERS = min(4, os.cpu_count() or 1)
 """Layers of one image that are read at a time: decompression and digests leave Python's lock to the others."""
@@ -298,12 +300,14 @@ class Engine:
         What is mounted keeps the old one, which `collect` removes once nothing has it any more.
 
         Raises:
-            InvalidArgument: it holds something that no layer's tar can hold. It stays as it is.
+            InvalidArgument: it holds something that no layer's tar can hold, or one below it does. It stays as it is.
         """
         user = snapshots.any_user(self.db, layer)
         if user is None:
             return
         below = snapshots.layers_below(self.db, user.parent)
+        if below and snapshots.layer(self.db, below[0]).sealed:  # sealed ones are the topmost of their chain
+            raise InvalidArgument(f"layer {below[0]}, on which it lies, is as it was written, too")
         with piped(lambda out: self.driver.write_diff(layer, below, out)) as tar:
             self.ingest_layer(
                 below, tar, Expected(), lambda transaction, new: snapshots.replace_layer(transaction, layer, new)
@@ -429,8 +433,36 @@ class Engine:
 
     def mount(self, snapshot: Snapshot) -> Path:
         """The path of an active snapshot's or a view's root file system, mounted now if it was not."""
-        below = self.prepared(snapshot)
-        return self.driver.mount(snapshot.id, below, read_only=snapshot.kind is Kind.VIEW)
+        read_only = snapshot.kind is Kind.VIEW
+        return self._on_present_layers(
+            snapshot, self.prepared(snapshot), lambda below: self.driver.mount(snapshot.id, below, read_only=read_only)
+        )
+
+    def _on_present_layers(
+        self, snapshot: Snapshot, below: list[SnapshotId], mount: Callable[[list[SnapshotId]], _T]
+    ) -> _T:
+        """Mount on the layers below, which somebody may be replacing by others of the same contents.
+
+        Layers are removed only once they are replaced and no mount has them: so a mount that still finds them to be
+        the snapshot's after it was made is seen by whoever removes them. (Where sealed layers are kept, only fsck
+        replaces any.)
+        """
+        if self.driver.capabilities.keeps_sealed:
+            return mount(below)
+        while True:
+            try:
+                made = mount(below)
+            except OSError:
+                made = None
+                now = self.below(snapshot)
+                if now == below:
+                    raise
+            else:
+                now = self.below(snapshot)
+            if made is not None and now == below:
+                return made
+            self.driver.unmount(snapshot.id)
+            below = now
 
     def prepared(self, snapshot: Snapshot) -> list[SnapshotId]:
         """See to it that an active snapshot's or a view's storage is there; returns the layers below it."""
@@ -460,14 +492,18 @@ class Engine:
             below = self.prepared(snapshot)
         read_only = snapshot.kind is Kind.VIEW
         if ids is None:
-            return self.driver.handout(snapshot.id, below, read_only=read_only)
+            return self._on_present_layers(
+                snapshot, below, lambda chain: self.driver.handout(snapshot.id, chain, read_only=read_only)
+            )
         if not self.driver.capabilities.maps_ids:
             raise Unsupported(
                 f"the {self.driver.name} driver cannot map the ids of user namespaces",
                 hint="use the driver hpmapper or overlay, or take remap-ids out of containerd's configuration",
             )
         try:
-            return self.driver.handout(snapshot.id, below, read_only=read_only, ids=ids)
+            return self._on_present_layers(
+                snapshot, below, lambda chain: self.driver.handout(snapshot.id, chain, read_only=read_only, ids=ids)
+            )
         except OSError as error:
             raise Unsupported(
                 f"this kernel cannot map the ids of snapshot {snapshot.key!r}: {error.strerror}",
@@ -596,9 +632,17 @@ class Engine:
         faults.point("reconcile.swept")
         boot = _BOOT_ID.read_text().strip()
         if self.db.setting("boot_id") != boot:
+            self._restore_sealed()
             self._remove_unknown()
             if self._sweep_if_idle():
                 self.db.set_setting("boot_id", boot)
+
+    def _restore_sealed(self) -> None:
+        """Empty layers are sealed without a sync, so power loss may have taken them: an empty one is made again."""
+        for layer in snapshots.sealed_layers(self.db):
+            user = snapshots.any_user(self.db, layer)
+            if user is not None and not self.driver.has(layer):
+                self.driver.prepare(layer, snapshots.layers_below(self.db, user.parent))
 
     def _undo(self, snapshot: SnapshotId) -> None:
         log.info("undoing unfinished snapshot %s", snapshot)

@@ -16,6 +16,7 @@ transaction here and no heavy work (design trap 5).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ DIFF_ID_LABEL = "containerd.io/snapshot/diff-id"
 
 MAX_SIZE_LABEL = "containerd.io/snapshot/max-size"
 """How many bytes an active snapshot may keep, as a decimal number (containerd 2.4, its pull request 13520)."""
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 _HIDDEN = "applied:"
 """How the keys begin of committed snapshots that hold an applied layer below what was written on top of it."""
@@ -109,12 +112,13 @@ class Forest:
 
     def walk(self) -> Iterator[Info]:
         """Yield every snapshot of the owner, as at one moment."""
-        labels = snapshots.all_labels(self._db)
-        found = list(snapshots.walk_prefix(self._db, self._prefix))
-        keys = {one.id: self._outer(one.key) for one in found}
-        for one in found:
-            parent = keys.get(one.parent) if one.parent is not None else ""
-            yield self._named(one, self._parent_key(one) if parent is None else parent, labels.get(one.id, {}))
+        with self._db.reading():
+            labels = snapshots.all_labels(self._db)
+            found = list(snapshots.walk_prefix(self._db, self._prefix))
+            keys = {one.id: self._outer(one.key) for one in found}
+            parents = [self._parent_key(one) if one.parent not in keys else keys[one.parent] for one in found]
+        for one, parent in zip(found, parents, strict=True):
+            yield self._named(one, parent, labels.get(one.id, {}))
 
     def get(self, key: str) -> Snapshot:
         """The snapshot of that key; NotFound if there is none."""
@@ -211,23 +215,35 @@ class Forest:
         below = self._parent_at_commit(active, parent)
 
         def settle(transaction: Transaction, written: SnapshotId | None) -> None:
+            self._require_unchanged(transaction, active)
+            if written == active.id:
+                snapshots.add_layer(transaction, _sealed_layer(active.id), {})
             self._settle(transaction, active, inner, below, written)
             snapshots.set_labels(transaction, active.id, labels)
 
-        if active.applied is None:
-            self.engine.prepared(active)
-        if self._is_surely_untouched(active):
-            self._commit_clean(active, settle)
+        is_there = self.engine.driver.has(active.id)
+        if active.applied is None and is_there and self.engine.driver.is_untouched(active.id):
+            self._record_commit(settle, active.id)  # an empty layer needs no making durable
+        elif active.applied is not None and not is_there:
+            self._record_commit(settle, None)
         elif quick:
             return False
         elif active.applied is not None and self._is_untouched(active):
-            self._commit_clean(active, settle)
+            self._record_commit(settle, None)
         else:
             self._commit_written(active, settle)
         faults.point("forest.committed")
-        if self._watcher:
-            self._watcher.committed(active, below)
+        if watcher := self._watcher:
+            self._db.afterwards(lambda: watcher.committed(active, below))
         return True
+
+    def _require_unchanged(self, transaction: Transaction, active: Snapshot) -> None:
+        """Somebody else may have removed or committed it, or applied a layer to it, since it was looked at."""
+        now = snapshots.find(transaction, active.key)
+        if now is None or now.id != active.id:
+            raise NotFound(f"snapshot {self._outer(active.key)!r} was removed or committed meanwhile")
+        if now.applied != active.applied:
+            raise FailedPrecondition(f"a layer was applied to {self._outer(active.key)!r} meanwhile", hint="try again")
 
     def _not_committable(self, name: str, key: str, active: Snapshot | None) -> HpmapperError:
         if snapshots.find(self._db, self._inner(name)):
@@ -238,21 +254,17 @@ class Forest:
 
     def _commit_written(self, active: Snapshot, settle: Callable[[Transaction, SnapshotId | None], None]) -> None:
         """What was written becomes a layer, as it lies there if it can."""
-        if not self.engine.driver.seal(active.id):
+        self.engine.prepared(active)
+        if self.engine.driver.seal(active.id):
+            self._record_commit(settle, active.id)
+        else:
             self.engine.ingest_written(active, settle)
-            return
-        with self._db.transaction() as transaction:
-            snapshots.add_layer(transaction, _sealed_layer(active.id), {})
-            settle(transaction, active.id)
 
-    def _commit_clean(self, active: Snapshot, settle: Callable[[Transaction, SnapshotId | None], None]) -> None:
-        """Nothing was written: what was applied is the layer, or an empty one that needs no making durable."""
+    def _record_commit(
+        self, settle: Callable[[Transaction, SnapshotId | None], None], written: SnapshotId | None
+    ) -> None:
         with self._db.transaction() as transaction:
-            if active.applied is None:
-                snapshots.add_layer(transaction, _sealed_layer(active.id), {})
-                settle(transaction, active.id)
-            else:
-                settle(transaction, None)
+            settle(transaction, written)
 
     def _parent_at_commit(self, active: Snapshot, parent: str) -> Snapshot | None:
         below = snapshots.by_id(self._db, active.parent) if active.parent is not None else None
@@ -318,14 +330,14 @@ class Forest:
         except FailedPrecondition as error:
             raise FailedPrecondition(error.message.replace(self._prefix, "")) from None
         faults.point("forest.removed")
-        if self._watcher:
-            self._watcher.removed(snapshot)
+        if watcher := self._watcher:
+            self._db.afterwards(lambda: watcher.removed(snapshot))
 
     # The fast path.
 
     def at(self, path: Path) -> Snapshot | None:
         """The owner's active snapshot or view whose root, or upper, is at `path`, if it is one of ours."""
-        numbers = [part for part in path.parts if part.isascii() and part.isdigit()]
+        numbers = [part for part in path.parts if _NUMBER.fullmatch(part)]
         snapshot = SnapshotId(int(numbers[-1])) if numbers else None
         if snapshot is None or self.engine.driver.root(snapshot).parent != path.parent:
             return None
@@ -379,12 +391,23 @@ class Forest:
         """Read a layer's blob as what an active snapshot holds. A layer that is here already is not read.
 
         Raises:
-            Unsupported: something was written or applied to it before: it takes a differ that writes through a mount.
+            Unsupported: something was written or applied to it before, or it is in use: it takes a differ that writes
+                through a mount.
             Corrupt, InvalidArgument, NoSpace: as `Engine.ingest`. The snapshot stays as it was.
         """
         if snapshot.kind is not Kind.ACTIVE or not self._is_bare(snapshot):
             raise Unsupported(f"snapshot {self._outer(snapshot.key)!r} is a view, or was written to before")
-        self.engine.ingest_sealed(snapshot)
+        self._ingest_below(snapshot)
+        self._drop_storage(snapshot)
+        try:
+            return self._apply(snapshot, open_blob, expect, progress)
+        except BaseException:
+            self.engine.prepared(snapshot)  # as it was
+            raise
+
+    def _apply(
+        self, snapshot: Snapshot, open_blob: Callable[[], BinaryIO], expect: Expected, progress: Progress | None
+    ) -> Applied:
         below = snapshots.layers_below(self._db, snapshot.parent)
         known = snapshots.known_blob(self._db, expect.digest) if expect.digest else None
         if known:
@@ -397,15 +420,18 @@ class Forest:
 
         with open_blob() as blob:
             facts = self.engine.ingest_layer(below, blob, expect, record, progress)
-        self._drop_storage(snapshot)
+        faults.point("forest.applied")
         return Applied(facts.diff_id, facts.tar_size, read=True)
 
-    def _is_surely_untouched(self, snapshot: Snapshot) -> bool:
-        driver = self.engine.driver
-        return not driver.has(snapshot.id) or driver.is_untouched(snapshot.id)
+    def _ingest_below(self, snapshot: Snapshot) -> None:
+        try:
+            self.engine.ingest_sealed(snapshot)
+        except InvalidArgument as error:
+            raise Unsupported(f"what lies below {self._outer(snapshot.key)!r} stays a directory: {error}") from error
 
     def _is_untouched(self, snapshot: Snapshot) -> bool:
-        return self._is_surely_untouched(snapshot) or next(self.engine.changes(snapshot), None) is None
+        """Whether nothing was written to a snapshot, not even attributes of its root."""
+        return not self.engine.driver.has(snapshot.id) or next(self.engine.changes(snapshot), None) is None
 
     def _take_known(self, snapshot: Snapshot, layer: SnapshotId) -> bool:
         """Let a layer that is here be what a snapshot holds; False: it has just gone."""
@@ -414,13 +440,19 @@ class Forest:
                 snapshots.set_applied(transaction, snapshot.id, layer)
         except NotFound:
             return False
-        self._drop_storage(snapshot)
+        faults.point("forest.applied")
         return True
 
     def _drop_storage(self, snapshot: Snapshot) -> None:
-        """What was mounted does not show the applied layer: whoever asks for the mount gets a new one."""
-        faults.point("forest.applied")
-        self.engine.driver.remove(snapshot.id)
+        """What is mounted will not show the applied layer: whoever asks for the mount then gets a new one.
+
+        Before, not after: a crash in between must not leave the old one.
+        """
+        try:
+            self.engine.driver.remove(snapshot.id)
+        except FailedPrecondition as error:
+            raise Unsupported(f"snapshot {self._outer(snapshot.key)!r} is in use: {error}") from error
+        faults.point("forest.dropped")
 
     def _bring_known(self, key: str, parent: Snapshot | None, labels: Labels) -> bool:
         """Commit the layer that containerd wants to unpack on `parent`, if it is here: nothing is fetched or read then.
@@ -431,19 +463,24 @@ class Forest:
         candidates = snapshots.with_chain_id(self._db, target)
         if not candidates:
             return False
-        below = snapshots.layers_below(self._db, parent.id) if parent else []
-        for one in candidates:
-            if one.layer is None or snapshots.layers_below(self._db, one.parent) != below:
-                continue  # the same layers, but kept another way
-            mine = one.key.startswith(self._prefix) and one.parent == (parent.id if parent else None)
-            if not mine or snapshots.labels(self._db, one.id).get(TARGET_LABEL) != target:
-                self._commit_known(f"{key} {target}", parent, one.layer, labels)
+        if any(self._stands_for(one, target, parent) for one in candidates):
             return True
-        return False
+        below = snapshots.layers_below(self._db, parent.id) if parent else []
+        # The same layers may be kept another way: then they are of no use here.
+        usable = (one.layer for one in candidates if snapshots.layers_below(self._db, one.parent) == below)
+        layer = next(usable, None)
+        if layer is not None:
+            self._commit_known(f"{key} {target}", parent, layer, labels)
+        return layer is not None
+
+    def _stands_for(self, known: Snapshot, target: str, parent: Snapshot | None) -> bool:
+        """Whether containerd will find a committed snapshot when it looks for `target` on `parent`."""
+        mine = known.key.startswith(self._prefix) and known.parent == (parent.id if parent else None)
+        return mine and snapshots.labels(self._db, known.id).get(TARGET_LABEL) == target
 
     def _commit_known(self, name: str, parent: Snapshot | None, layer: SnapshotId, labels: Labels) -> None:
         with self._db.transaction() as transaction:
-            snapshot = snapshots.add(transaction, self._inner(name), Kind.ACTIVE, parent)
+            snapshot = snapshots.add(transaction, self._checked(name), Kind.ACTIVE, parent)
             snapshots.committed(transaction, snapshot.id, snapshot.key, layer, parent)
             snapshots.set_labels(transaction, snapshot.id, labels)
             self._note_chain(transaction, snapshot.id, layer, parent)

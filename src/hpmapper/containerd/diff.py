@@ -62,8 +62,8 @@ class DiffService:
         self._content = content
 
     def methods(self) -> dict[str, Method]:
-        """The service's methods by path; none is quick."""
-        return {f"/{SERVICE}/Apply": Method(self._apply), f"/{SERVICE}/Diff": Method(self._diff)}
+        """The service's methods by path: both take as long as a layer."""
+        return {f"/{SERVICE}/Apply": Method(self._apply, long=True), f"/{SERVICE}/Diff": Method(self._diff, long=True)}
 
     def _apply(self, call: Call) -> list[bytes]:
         """Read a layer into the active snapshot that is mounted where the request says."""

@@ -76,7 +76,7 @@ def _field(info: Info, path: tuple[str, ...]) -> str | None:
 def _search(pattern: str, text: str) -> bool:
     try:
         return re.search(pattern, text) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

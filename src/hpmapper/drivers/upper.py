@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,7 +31,7 @@ from hpmapper.layer.diff import changes, write_tar
 from hpmapper.layer.scan import METACOPY, scan
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.store.workspace import discard
-from hpmapper.tree import Inode, walk
+from hpmapper.tree import Inode
 
 PORTABLE = {"index": "off", "metacopy": "off", "redirect_dir": "nofollow"}
 """Uppers that any reader of directories understands: no metadata-only copies, no redirects (design trap 2)."""
@@ -108,13 +108,14 @@ class UpperDriver:
         if size is not None:
             self._limits.make(Path(top), snapshot, size)
             faults.point("prepare.limited")
-        for directory in (top, f"{top}/w", f"{top}/m", f"{top}/u"):
-            try:
-                os.mkdir(directory, 0o700)
-            except FileExistsError:
-                continue
-            faults.point("prepare.directory-made")
-        _copy_root_attributes(f"{top}/u", self._stack(chain).lowers)
+        for directory in (top, f"{top}/w", f"{top}/m"):
+            _make_directory(directory)
+        if os.path.isdir(f"{top}/u"):
+            return
+        _make_directory(f"{top}/new")
+        _copy_root_attributes(f"{top}/new", self._stack(chain).lowers)
+        faults.point("prepare.attributes-copied")
+        os.rename(f"{top}/new", f"{top}/u")  # where it is, it is complete: `has` relies on it
 
     def has(self, snapshot: SnapshotId) -> bool:
         return os.path.isdir(f"{self.home}/a/{snapshot}/u")
@@ -234,7 +235,7 @@ class UpperDriver:
 
     def usage(self, snapshot: SnapshotId) -> Usage:
         top = self._snapshot(snapshot)
-        return disk_usage(top / "u", overlay=True) if limit_of(top) is None else self._limits.usage(top)
+        return disk_usage(top / "u") if limit_of(top) is None else self._limits.usage(top)
 
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
@@ -293,6 +294,14 @@ class _Mapper:
         )
 
 
+def _make_directory(path: str) -> None:
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    faults.point("prepare.directory-made")
+
+
 def _has_metadata_copies(top: str) -> bool:
     return os.path.exists(f"{top}/{METADATA_COPIES_MARK}")
 
@@ -346,24 +355,36 @@ def unmount_path(target: Path) -> None:
         raise FailedPrecondition(f"{target} is in use", hint="stop what runs in it; fuser -vm shows it") from error
 
 
-def disk_usage(top: Path, *, overlay: bool) -> Usage:
-    """What a directory alone occupies; extents that other files share do not count."""
-    raw = os.fsencode(top)
-    seen: set[Inode] = set()
+def disk_usage(top: Path) -> Usage:
+    """What a directory alone occupies; extents that other files share do not count, nor does what vanishes meanwhile.
+
+    Whoever writes in it may change it at any instant, into anything.
+    """
+    seen: set[tuple[int, int]] = set()
     size = 0
-    for path, inode in walk(scan(raw, overlay=overlay)):
-        if inode not in seen:
-            seen.add(inode)
-            size += _exclusive_bytes(raw + b"/" + path, inode)
-    return Usage(size, len(seen))
+    pending = [os.fspath(top)]
+    while pending:
+        with suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if (status.st_dev, status.st_ino) not in seen:
+                        seen.add((status.st_dev, status.st_ino))
+                        size += _exclusive_bytes(entry.path, status)
+                    if stat.S_ISDIR(status.st_mode):
+                        pending.append(entry.path)
+    return Usage(size, len(seen) + 1)
 
 
-def _exclusive_bytes(path: bytes, inode: Inode) -> int:
+def _exclusive_bytes(path: str, status: os.stat_result) -> int:
     """Bytes on disk that no other file shares."""
-    if not stat.S_ISREG(inode.mode):
-        return os.lstat(path).st_blocks * 512
-    with open(path, "rb") as file:
-        return sum(extent.length for extent in fiemap.extents(file.fileno()) if not extent.shared)
+    if not stat.S_ISREG(status.st_mode):
+        return status.st_blocks * 512
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return sum(extent.length for extent in fiemap.extents(fd) if not extent.shared)
+    finally:
+        os.close(fd)
 
 
 def numbers(directory: Path) -> set[SnapshotId]:

@@ -141,7 +141,7 @@ class VfsDriver(directory.DirectoryLayers):
 
     def usage(self, snapshot: SnapshotId) -> Usage:
         top = self._snapshot(snapshot)
-        return disk_usage(top / "m", overlay=False) if limit_of(top) is None else self._limits.usage(top)
+        return disk_usage(top / "m") if limit_of(top) is None else self._limits.usage(top)
 
     def space(self) -> Space:
         return Space.of(self.home)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,22 +51,13 @@ class Database:
         has written to yet), and ten times cheaper.
         """
         connection = self._connection()
-        try:
+        with translated(self.path):
             if self._local.batch is not None:
-                self._local.batch.enter_context(self._transaction(connection, durable=True))
-                connection.execute("SAVEPOINT part")
-                try:
+                with self._local.batch.part(connection):
                     yield connection
-                except BaseException:
-                    connection.execute("ROLLBACK TO part")
-                    connection.execute("RELEASE part")
-                    raise
-                connection.execute("RELEASE part")
             else:
                 with self._transaction(connection, durable=durable):
                     yield connection
-        except sqlite3.DatabaseError as error:
-            raise _explained(error, self.path) from error
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -74,19 +65,41 @@ class Database:
 
         Each can still fail by itself. Should the whole fail, none has happened.
         """
-        self._connection()
-        with ExitStack() as stack:
-            self._local.batch = stack
+        connection = self._connection()
+        with translated(self.path), ExitStack() as stack:
+            batch = _Batch(lambda: stack.enter_context(self._transaction(connection, durable=True)))
+            self._local.batch = batch
             try:
                 yield
             finally:
                 self._local.batch = None
+        for act in batch.afterwards:
+            act()
+
+    def afterwards(self, act: Callable[[], object]) -> None:
+        """Do something once what this thread has recorded is: now, or after its batch, if that succeeds."""
+        self._connection()
+        if self._local.batch is None:
+            act()
+        else:
+            self._local.batch.afterwards.append(act)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let this thread's queries in the body see one and the same state."""
+        connection = self._connection()
+        if connection.in_transaction:
+            yield
+            return
+        with translated(self.path):
+            connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                connection.execute("ROLLBACK")
 
     @contextmanager
     def _transaction(self, connection: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
-        if connection.in_transaction:
-            yield  # the batch's, which is open already
-            return
         with self._writer:
             if self._local.durable is not durable:
                 connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -94,10 +107,11 @@ class Database:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:  # SQLite ends it by itself when there is no space left
+                    connection.execute("ROLLBACK")
                 raise
-            connection.execute("COMMIT")
 
     def rows(self, sql: str, *values: object) -> list[Any]:
         """The rows of a query, as `sqlite3.Row`."""
@@ -165,6 +179,34 @@ class Database:
                 for statement in _statements(script):
                     db.execute(statement)
             db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+class _Batch:
+    """A thread's batch: its transaction begins with the first part."""
+
+    def __init__(self, begin: Callable[[], object]) -> None:
+        self.afterwards: list[Callable[[], object]] = []
+        self._begin = begin
+        self._begun = False
+
+    @contextmanager
+    def part(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """A transaction that is a part of it."""
+        if not self._begun:
+            self._begin()
+            self._begun = True
+        # SQLite may have ended the whole of it for lack of space: the savepoint would begin another.
+        if not connection.in_transaction:
+            raise NoSpace("the database could not take what was recorded together with this", hint="try again")
+        connection.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK TO part")
+                connection.execute("RELEASE part")
+            raise
+        connection.execute("RELEASE part")
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -187,8 +187,10 @@ def add(db: Transaction, key: str, kind: Kind, parent: Snapshot | None) -> Snaps
 def _insert(
     db: Transaction, key: str, kind: Kind, parent: Snapshot | None, state: str, owner: str | None, now: int
 ) -> SnapshotId:
-    if parent is not None and parent.kind is not Kind.COMMITTED:
-        raise InvalidArgument(f"parent {parent.key!r} is not committed")
+    if parent is not None:
+        if parent.kind is not Kind.COMMITTED:
+            raise InvalidArgument(f"parent {parent.key!r} is not committed")
+        _require_ready(db, parent)
     try:
         cursor = db.execute(
             "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -202,6 +204,12 @@ def _insert(
     return SnapshotId(cursor.lastrowid)
 
 
+def _require_ready(db: Transaction, parent: Snapshot) -> None:
+    """A row outlives its removal until the storage is gone: being there is not enough for a parent."""
+    if not _rows(db, "SELECT 1 FROM snapshot WHERE id = ? AND state = 'ready'", parent.id):
+        raise NotFound(f"parent {parent.key!r} was removed meanwhile", hint="try again")
+
+
 def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: SnapshotId, parent: Snapshot | None) -> None:
     """Record that a snapshot is there under its final key, made of that layer, on top of `parent`.
 
@@ -209,6 +217,8 @@ def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: Snapsho
         AlreadyExists: the key is taken. NotFound: the parent was removed meanwhile.
     """
     now = time.time_ns()
+    if parent is not None:
+        _require_ready(db, parent)
     try:
         db.execute(
             "UPDATE snapshot SET key = ?, kind = 'committed', state = 'ready', owner = NULL, layer = ?, parent = ?, "
@@ -398,9 +408,9 @@ def set_labels(db: Transaction, snapshot: SnapshotId, new: Mapping[str, str]) ->
 
 
 def add_labels(db: Transaction, snapshot: SnapshotId, new: Mapping[str, str]) -> None:
-    """Give labels to a snapshot that has none of them."""
+    """Give labels to a snapshot that has none of them. An empty value is none, as in containerd."""
     if new:
-        db.executemany("INSERT INTO label VALUES (?, ?, ?)", ((snapshot, *item) for item in new.items()))
+        db.executemany("INSERT INTO label VALUES (?, ?, ?)", ((snapshot, *item) for item in new.items() if item[1]))
 
 
 # What front ends add.
@@ -473,11 +483,12 @@ def set_chain_id(db: Transaction, snapshot: SnapshotId, chain_id: str) -> None:
 
 
 def with_chain_id(db: Source, chain_id: str) -> list[Snapshot]:
-    """The committed snapshots that have that chain ID."""
+    """The committed snapshots that have that chain ID, and whose layer is whole."""
     rows = _rows(
         db,
         f"SELECT {_COLUMNS} FROM snapshot WHERE state = 'ready' AND kind = 'committed' AND "
-        "(key = ?1 OR id IN (SELECT snapshot FROM chain WHERE chain_id = ?1)) ORDER BY id",
+        "(key = ?1 OR id IN (SELECT snapshot FROM chain WHERE chain_id = ?1)) "
+        "AND layer NOT IN (SELECT id FROM layer WHERE damaged) ORDER BY id",
         chain_id,
     )
     return [_snapshot(row) for row in rows]

@@ -2,7 +2,8 @@
 
 Each turn reads what has come in on any connection, calls the methods that were asked for, and sends the answers. Quick
 methods run in the loop's own thread, all of one turn inside one `batch`: a database commits once for all of them, and
-no answer leaves before. Slow ones run in a pool of threads.
+no answer leaves before. Slow ones run in a pool of threads, and those that may take minutes in another: whoever waits
+for a list does not wait for somebody else's layers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import selectors
 import socket
+import stat
 import struct
 import threading
 import time
@@ -39,7 +41,9 @@ _MAX_STREAMS = 4096
 _MAX_HEADERS = 16 << 10  # bytes of one call's headers
 _WINDOW = 1 << 20
 _READ = 256 << 10
-_SLOW_THREADS = 8
+_SLOW_THREADS = 4
+_LONG_THREADS = 8
+_SHOWN = 600  # characters of an error's text; clients limit all headers of an answer to 8 KiB
 _MAX_SOCKET_PATH = 107  # unix(7)
 _PREFIX = struct.Struct(">?I")  # compressed, length (gRPC over HTTP/2, "Length-Prefixed-Message")
 
@@ -74,11 +78,12 @@ class After:
 class Method:
     """What answers a path: `call` returns the answer's messages, serialized; a unary method's only one.
 
-    A quick one may return what is to be done `After` its batch instead.
+    A quick one may return what is to be done `After` its batch instead. A `long` one may take minutes.
     """
 
     call: Callable[[Call], Iterable[bytes] | After]
     quick: bool = False
+    long: bool = False
 
 
 Batch = Callable[[], AbstractContextManager[object]]
@@ -156,9 +161,10 @@ class Server:
         self._done: deque[tuple[_Connection, int, list[bytes] | Failure]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._slow = ThreadPoolExecutor(_SLOW_THREADS, "slow-rpc")
+        self._long = ThreadPoolExecutor(_LONG_THREADS, "long-rpc")
+        self._failure: BaseException | None = None
         self._stop_at: float | None = None
-        self._drain_seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="rpc")
+        self._thread = threading.Thread(target=self._guarded_run, name="rpc")
 
     def bind(self, address: Path) -> None:
         """Listen on a unix socket that only its owner may use.
@@ -187,23 +193,50 @@ class Server:
         listener.setblocking(False)
         self._listener = listener
 
-    def start(self) -> None:
-        """Begin to answer."""
+    def start(self, failed: Callable[[], object] = lambda: None) -> None:
+        """Begin to answer. `failed` is called, in the server's thread, should it end without having been told to."""
         assert self._listener is not None, "bind it first"
+        self._on_failure = failed
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._woken)
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Take no further calls, finish those under way within `seconds`, and end."""
-        self._drain_seconds = seconds
+        """Take no further calls and answer those under way; what takes more than `seconds` is told to end.
+
+        `close` waits for it.
+        """
         self._stop_at = time.monotonic() + seconds
         os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
-        self._slow.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """Wait for the last threads of a stopped server.
+
+        Raises:
+            Whatever made the server's own thread end by itself.
+        """
+        for pool in (self._slow, self._long):
+            pool.shutdown(wait=True, cancel_futures=True)
         os.close(self._wake_fd)
+        if self._failure is not None:
+            raise self._failure
 
     # The loop.
+
+    def _guarded_run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # raised again by `close`
+            log.critical("the server ends: nobody would be answered any more", exc_info=error)
+            self._failure = error
+            self._on_failure()
+        finally:
+            for connection in list(self._connections):
+                self._close(connection)
+            self._selector.close()
+            if self._listener is not None:
+                self._listener.close()
 
     def _run(self) -> None:
         draining = False
@@ -217,10 +250,7 @@ class Server:
                     self._drain()
                     draining = True
                 if not any(one.is_busy for one in self._connections) or time.monotonic() >= self._stop_at:
-                    break
-        for connection in list(self._connections):
-            self._close(connection)
-        self._selector.close()
+                    return
 
     def _drain(self) -> None:
         assert self._listener is not None
@@ -267,13 +297,18 @@ class Server:
                     log.info("a client that does not speak HTTP/2 is cut off: %s", error)
                     self._close(connection)
                     return
+                except Exception:
+                    log.exception("a client is cut off")
+                    self._close(connection)
+                    return
         self._flush(connection)
 
     def _flush(self, connection: _Connection) -> None:
         """Send what there is; the rest when the peer has room again."""
         try:
-            connection.out += connection.session.pending()
-            if connection.out:
+            # No more than one piece is taken ahead of the peer: whoever does not read is not answered for ever.
+            while connection.out or (piece := connection.session.pending()):
+                connection.out = connection.out or piece
                 connection.out = connection.out[connection.peer.send(connection.out) :]
         except BlockingIOError:
             pass
@@ -315,7 +350,8 @@ class Server:
             if method.quick:
                 quick.append((connection, number, stream, method, call))
             else:
-                self._start_slow(connection, number, partial(method.call, call))
+                pool = self._long if method.long else self._slow
+                self._start(pool, connection, number, partial(method.call, call))
         if quick:
             self._answer_quick(quick)
         for connection in touched:
@@ -355,17 +391,23 @@ class Server:
         for (connection, number, *_), result in zip(calls, results, strict=True):
             if isinstance(result, After):
                 if result.slow:
-                    self._start_slow(connection, number, result.act)
+                    self._start(self._slow, connection, number, result.act)
                     continue
                 result = _finished(result.act)
             self._respond(connection, number, result if isinstance(result, Failure) else list(result))
 
-    def _start_slow(self, connection: _Connection, number: int, act: Callable[[], Iterable[bytes] | After]) -> None:
+    def _start(
+        self,
+        pool: ThreadPoolExecutor,
+        connection: _Connection,
+        number: int,
+        act: Callable[[], Iterable[bytes] | After],
+    ) -> None:
         def work() -> None:
             self._done.append((connection, number, _finished(act)))
             os.eventfd_write(self._wake_fd, 1)
 
-        self._slow.submit(work)
+        pool.submit(work)
 
     def _answer_done(self) -> None:
         while self._done:
@@ -375,14 +417,18 @@ class Server:
                 self._flush(connection)
 
     def _respond(self, connection: _Connection, number: int, answer: list[bytes] | Failure) -> None:
-        if not connection.has(number):
+        if connection not in self._connections or not connection.has(number):
             return  # cancelled
         session = connection.session
-        if isinstance(answer, Failure):
-            session.respond_headers(number, _NOT_GRPC if answer.http else _failed(answer))
-            return
-        body = b"".join(_PREFIX.pack(False, len(message)) + message for message in answer)
-        session.respond(number, _OK_HEADERS, body, _OK_TRAILERS)
+        try:
+            if isinstance(answer, Failure):
+                session.respond_headers(number, _NOT_GRPC if answer.http else _failed(answer))
+            else:
+                body = b"".join(_PREFIX.pack(False, len(message)) + message for message in answer)
+                session.respond(number, _OK_HEADERS, body, _OK_TRAILERS)
+        except ProtocolError as error:
+            log.warning("a client is cut off, since it cannot be answered: %s", error)
+            self._close(connection)
 
 
 def _called(method: Method, call: Call) -> Iterable[bytes] | After | Failure:
@@ -417,7 +463,10 @@ def _metadata(headers: list[tuple[bytes, bytes]]) -> Metadata:
 
 def _failed(failure: Failure) -> HeaderBlock:
     """gRPC over HTTP/2, "Trailers-Only"; a message is percent-encoded."""
-    message = quote_from_bytes(failure.message.encode()[:4096], safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
+    text = failure.message
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"  # a long key has the reason behind it
+    message = quote_from_bytes(text.encode("utf-8", "backslashreplace"), safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
     return HeaderBlock(
         [
             (b":status", b"200"),
@@ -430,12 +479,15 @@ def _failed(failure: Failure) -> HeaderBlock:
 
 def _clear_stale(address: Path) -> None:
     """Remove the socket of a server that is gone."""
+    try:
+        if not stat.S_ISSOCK(address.lstat().st_mode):
+            raise FailedPrecondition(f"{address} is not a socket", hint="name another --address")
+    except FileNotFoundError:
+        return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         try:
             probe.connect(os.fspath(address))
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
+        except (FileNotFoundError, ConnectionRefusedError):
             address.unlink(missing_ok=True)
             return
     raise FailedPrecondition(f"somebody else serves {address} already", hint="stop it, or name another --address")
