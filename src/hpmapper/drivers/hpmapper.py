@@ -242,6 +242,25 @@ class HpmapperDriver(UpperDriver):
             return f"has {found} bytes instead of {size}"
         return None if self._objects.verify(digest) else "has other data than its name says"
 
+    # For the cache (`hpmapper.cache.places`).
+
+    def object_file(self, digest: ObjectDigest) -> str:
+        """Where an object's data is."""
+        return self._objects.path(digest)
+
+    def map_files(self, chain: Chain) -> list[Path]:
+        """The maps of a chain's layers, and the image's, as far as they are there."""
+        directories = dict.fromkeys([self._image(chain), *map(self._layer, chain)]) if chain else {}
+        return [path / "map" for path in directories if (path / "map").exists()]
+
+    def map_mount(self, chain: Chain) -> Path | None:
+        """Where the image's map is mounted, if it is."""
+        target = self._image(chain) / "m" if chain else None
+        return target if target and mount.is_mountpoint(target) else None
+
+    def layer_files(self, layer: SnapshotId) -> None:
+        """None: files are objects."""
+
     def _image(self, chain: Chain) -> Path:
         """Where the map of a whole chain is."""
         if len(chain) == 1:

@@ -1,0 +1,187 @@
+"""hpmapper cache: what of a root is in the page cache, and getting rid of what is there twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import click
+
+from hpmapper.cache import inventory as inventories
+from hpmapper.cache.count import Counts, count, regular_files
+from hpmapper.cache.inventory import Inventory
+from hpmapper.cache.names import names_of
+from hpmapper.cache.stat import CacheStat, cache_stat
+from hpmapper.cli import output
+from hpmapper.cli.groups import NearestGroup
+from hpmapper.cli.session import Session, session
+from hpmapper.cli.state import State, json_option, pass_state
+from hpmapper.image import reference
+from hpmapper.model import ObjectDigest
+
+_FIELDS = ("CACHED", "DIRTY", "EVICTED LATELY")
+
+
+@click.group(cls=NearestGroup)
+def cache() -> None:
+    """See and tidy the page cache."""
+
+
+class _File(NamedTuple):
+    """A cached file, for lists."""
+
+    kind: str
+    name: str
+    shown_by: int
+    counts: Counts
+
+
+@cache.command("stat")
+@click.option("--image", metavar="IMAGE", help="Only what this image shows, file by file.")
+@click.option("--container", metavar="CONTAINER", help="Only what this container has for itself, file by file.")
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the N files with most bytes cached.")
+@json_option
+@pass_state
+def stat_(state: State, image: str | None, container: str | None, top: int | None) -> None:
+    """Show what is cached, for whom, and what plain copies would have cost.
+
+    Bytes of objects, maps, layers, containers' own files, and devices. A container is live while its root is mounted.
+    """
+    if image and container:
+        raise click.UsageError("--image and --container exclude each other")
+    with session(state) as opened:
+        inventory = inventories.take(opened.engine.db, opened.engine.driver)
+        if image or container or top:
+            files = sorted(_files(opened, inventory, image, container), key=lambda one: -one.counts.cached)[:top]
+            files = _named(inventory, [one for one in files if one.counts.cached or one.counts.recently_evicted])
+            facts: Any = [_file_facts(one) for one in files]
+            output.show(state, facts, lambda: _files_text(files))
+            return
+        found = cache_stat(inventory, opened.engine.driver)
+    facts = _facts(found)
+    output.show(state, facts, lambda: _text(facts))
+
+
+def _counts(counts: Counts) -> dict[str, int]:
+    return counts._asdict()
+
+
+def _facts(found: CacheStat) -> dict[str, Any]:
+    inventory = found.inventory
+    total = found.total
+    return {
+        "total": _counts(total),
+        "objects": {
+            "count": len(found.objects),
+            "cached_objects": sum(1 for one in found.objects.values() if one.cached),
+        }
+        | _sum(found.objects.values()),
+        "layers": _sum(found.layers.values()),
+        "containers_own": _sum(found.own.values()),
+        "maps": _sum(found.maps.values()),
+        "devices": {name: _counts(one) for name, one in found.devices.items()},
+        "sharing": [{"containers": readers, "bytes": size} for readers, size in found.sharing().items()],
+        "plain_copies": found.plain_copies,
+        "images": [
+            {"id": one.id, "name": one.name, "containers": inventory.live_chains()[one.chain]}
+            | {"map": found.of_map(one.chain).cached}
+            | _counts(found.of_chain(one.chain))
+            for one in inventory.images
+        ],
+        "containers": [
+            {"name": one.name, "live": one.snapshot in inventory.live, "shown": found.of_chain(one.chain).cached}
+            | _counts(found.own[one.snapshot])
+            for one in inventory.containers
+        ],
+    }
+
+
+def _sum(counts: Any) -> dict[str, int]:
+    result = Counts()
+    for one in counts:
+        result = result.plus(one)
+    return _counts(result)
+
+
+def _text(facts: dict[str, Any]) -> str:
+    kinds = [("objects", facts["objects"]), ("layers", facts["layers"]), ("maps", facts["maps"])]
+    kinds += [("containers' own files", facts["containers_own"])]
+    kinds += [(f"device {name}", counts) for name, counts in facts["devices"].items()]
+    rows = [(name, *_cells(counts)) for name, counts in [*kinds, ("total", facts["total"])] if any(_values(counts))]
+    parts = [output.table(("", *_FIELDS), rows) if rows else "nothing is cached"]
+    saved = facts["plain_copies"] - facts["total"]["cached"]
+    if saved > 0:
+        plain = output.size(facts["plain_copies"])
+        parts.append(f"copies of their own would take up to {plain}: {output.size(saved)} more")
+    shares = [(str(one["containers"]), output.size(one["bytes"])) for one in facts["sharing"]]
+    if shares:
+        parts.append(output.table(("SHOWN BY CONTAINERS", "CACHED"), shares))
+    images = [(_short(one["name"]), str(one["containers"]), *_cells(one)) for one in facts["images"]]
+    if images:
+        parts.append(output.table(("IMAGE", "LIVE", *_FIELDS), images))
+    own = [
+        (one["name"], output.yes(one["live"]), *_cells(one), output.size(one["shown"])) for one in facts["containers"]
+    ]
+    if own:
+        parts.append(output.table(("CONTAINER", "LIVE", *(f"OWN {name}" for name in _FIELDS), "OF ITS IMAGE"), own))
+    return "\n\n".join(parts)
+
+
+def _values(counts: dict[str, Any]) -> tuple[int, int, int]:
+    return counts["cached"], counts["dirty"], counts["recently_evicted"]
+
+
+def _cells(counts: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(map(output.size, _values(counts)))
+
+
+def _short(name: str) -> str:
+    return name[7:19] if name.startswith("sha256:") else reference.parse(name).familiar
+
+
+def _files(opened: Session, inventory: Inventory, image: str | None, container: str | None) -> Iterator[_File]:
+    """The files of an image, of a container, or all that are counted one by one."""
+    if container is not None:
+        row = opened.containers.get(container)
+        yield from _own_files(inventory, {row.snapshot: row.name})
+        return
+    chains = [one.chain for one in inventory.images]
+    if image is not None:
+        wanted = opened.images.find(image).id
+        chains = [one.chain for one in inventory.images if one.id == wanted]
+    found = cache_stat(inventory, opened.engine.driver)
+    for digest in {digest for chain in chains for digest in inventory.objects_of(chain)}:
+        yield _File("object", digest.hex(), found.readers.get(digest, 0), found.objects[digest])
+    for layer in {layer for chain in chains for layer in chain}:
+        directory = inventory.places.layer_files(layer)
+        for path, _ in regular_files(directory) if directory else ():
+            yield _File("layer", path, found.layer_readers.get(layer, 0), count(path))
+    for chain in dict.fromkeys(chains):
+        for name in map(str, inventory.places.map_files(chain)):
+            yield _File("map", name, inventory.live_chains()[chain], found.maps[name])
+    if image is None:
+        yield from _own_files(inventory, {one.snapshot: one.name for one in inventory.containers})
+
+
+def _own_files(inventory: Inventory, names: dict[Any, str]) -> Iterator[_File]:
+    for snapshot, name in names.items():
+        top = str(inventory.places.own_files(snapshot))
+        for path, _ in regular_files(top):
+            yield _File("own", f"{name}:{path[len(top) :]}", 1, count(path))
+
+
+def _named(inventory: Inventory, files: Sequence[_File]) -> list[_File]:
+    digests = {ObjectDigest(bytes.fromhex(one.name)) for one in files if one.kind == "object"}
+    names = {digest.hex(): name for digest, name in names_of(inventory, digests).items()}
+    return [one._replace(name=names.get(one.name, one.name)) if one.kind == "object" else one for one in files]
+
+
+def _file_facts(one: _File) -> dict[str, Any]:
+    return {"kind": one.kind, "name": one.name, "containers": one.shown_by} | _counts(one.counts)
+
+
+def _files_text(files: Sequence[_File]) -> str:
+    if not files:
+        return "nothing is cached"
+    rows = [(one.kind, str(one.shown_by), *_cells(_counts(one.counts)), one.name) for one in files]
+    return output.table(("KIND", "LIVE", *_FIELDS, "NAME"), rows)
