@@ -37,6 +37,9 @@ class Places(Protocol):
     def own_files(self, snapshot: SnapshotId) -> Path:
         """The directory with what a container has for itself alone."""
 
+    def root_of(self, snapshot: SnapshotId) -> Path:
+        """The container's root directory: what its processes have for `/`."""
+
 
 def places(driver: Driver) -> Places:
     """The driver as one that tells its places.

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import click
 
+from hpmapper.cache import duplicates as twice
 from hpmapper.cache import inventory as inventories
+from hpmapper.cache.activity import Activity
 from hpmapper.cache.count import Counts, count, regular_files
 from hpmapper.cache.inventory import Inventory
 from hpmapper.cache.names import names_of
 from hpmapper.cache.stat import CacheStat, cache_stat
+from hpmapper.cache.trim import Trimmed, trim
 from hpmapper.cli import output
 from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.session import Session, session
 from hpmapper.cli.state import State, json_option, pass_state
 from hpmapper.image import reference
 from hpmapper.model import ObjectDigest
+from hpmapper.pool.base import parse_size
 
 _FIELDS = ("CACHED", "DIRTY", "EVICTED LATELY")
 
@@ -57,8 +62,8 @@ def stat_(state: State, image: str | None, container: str | None, top: int | Non
             facts: Any = [_file_facts(one) for one in files]
             output.show(state, facts, lambda: _files_text(files))
             return
-        found = cache_stat(inventory, opened.engine.driver)
-    facts = _facts(found)
+        facts = _facts(cache_stat(inventory, opened.engine.driver))
+        facts["duplicates"] = sum(one.size for one in twice.find(inventory))
     output.show(state, facts, lambda: _text(facts))
 
 
@@ -113,6 +118,8 @@ def _text(facts: dict[str, Any]) -> str:
     if saved > 0:
         plain = output.size(facts["plain_copies"])
         parts.append(f"copies of their own would take up to {plain}: {output.size(saved)} more")
+    if facts["duplicates"]:
+        parts.append(f"{output.size(facts['duplicates'])} are cached twice: hpmapper cache trim drops them")
     shares = [(str(one["containers"]), output.size(one["bytes"])) for one in facts["sharing"]]
     if shares:
         parts.append(output.table(("SHOWN BY CONTAINERS", "CACHED"), shares))
@@ -185,3 +192,75 @@ def _files_text(files: Sequence[_File]) -> str:
         return "nothing is cached"
     rows = [(one.kind, str(one.shown_by), *_cells(_counts(one.counts)), one.name) for one in files]
     return output.table(("KIND", "LIVE", *_FIELDS, "NAME"), rows)
+
+
+@cache.command("duplicates")
+@click.option("--contents", is_flag=True, help="Compare whole files by what is in them; slower, reads them all.")
+@json_option
+@pass_state
+def duplicates_(state: State, contents: bool) -> None:
+    """List what is cached twice.
+
+    Pages of blocks that two files share, by container and file. With --contents instead files outside the object
+    store that are the same and wholly cached: what the overlay and vfs drivers waste.
+    """
+    with session(state) as opened:
+        inventory = inventories.take(opened.engine.db, opened.engine.driver)
+        if contents:
+            same = twice.same_files(twice.directories(inventory))
+            facts: Any = [{"size": one.size, "bytes": one.wasted, "paths": one.paths} for one in same]
+            output.show(state, facts, lambda: _same_text(same))
+            return
+        found = _by_file(inventory, twice.find(inventory, Activity.over(inventory)))
+    output.show(state, found, lambda: _duplicates_text(found))
+
+
+def _by_file(inventory: Inventory, found: Sequence[twice.Duplicate]) -> list[dict[str, Any]]:
+    names = {one.snapshot: one.name for one in inventory.containers}
+    sizes: dict[tuple[str, str], int] = {}
+    for one in found:
+        owner = names.get(one.owner, "") if one.owner is not None else ""
+        path = one.path
+        if one.owner is not None:
+            path = path.removeprefix(str(inventory.places.own_files(one.owner)))
+        sizes[owner, path] = sizes.get((owner, path), 0) + one.size
+    return [{"container": owner, "path": path, "bytes": size} for (owner, path), size in sizes.items()]
+
+
+def _duplicates_text(found: Sequence[dict[str, Any]]) -> str:
+    if not found:
+        return "nothing is cached twice"
+    rows = [(one["container"] or "-", output.size(one["bytes"]), one["path"]) for one in found]
+    return output.table(("CONTAINER", "CACHED TWICE", "FILE"), rows)
+
+
+def _same_text(same: Sequence[twice.SameFiles]) -> str:
+    if not same:
+        return "no two files are the same"
+    rows = [(output.size(one.wasted), str(len(one.paths)), one.paths[0]) for one in same]
+    return output.table(("WASTED", "COPIES", "ONE OF THEM"), rows)
+
+
+@cache.command("trim")
+@click.option("--idle", "idle_only", is_flag=True, help="Only of containers that do nothing.")
+@click.option("--max", "limit", metavar="SIZE", help="At most this much.")
+@json_option
+@pass_state
+def trim_(state: State, idle_only: bool, limit: str | None) -> None:
+    """Drop what is cached twice.
+
+    One copy stays, the one that is read most. Idle containers' copies go first. Nothing that is dirty is touched.
+    """
+    most = parse_size(limit) if limit is not None else None
+    with session(state) as opened:
+        inventory = inventories.take(opened.engine.db, opened.engine.driver)
+        work = Activity.over(inventory)
+        done = trim(twice.find(inventory, work), work, limit=most, busy=not idle_only)
+    output.show(state, dataclasses.asdict(done), lambda: _trimmed_text(done))
+
+
+def _trimmed_text(done: Trimmed) -> str:
+    text = f"dropped {output.size(done.dropped)} of {output.size(done.found)} that were cached twice"
+    rest = [f"{output.size(done.kept)} are in use"] * bool(done.kept)
+    rest += [f"{output.size(done.passed)} were left"] * bool(done.passed)
+    return "; ".join([text, *rest])

@@ -143,6 +143,10 @@ class VfsDriver(directory.DirectoryLayers):
 
     def own_files(self, snapshot: SnapshotId) -> Path:
         """The container's copy (`hpmapper.cache.places`)."""
+        return self.root_of(snapshot)
+
+    def root_of(self, snapshot: SnapshotId) -> Path:
+        """The same."""
         return self._snapshot(snapshot) / "m"
 
     def space(self) -> Space:
