@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from hpmapper.cache import duplicates as twice
 from hpmapper.cache import inventory as inventories
 from hpmapper.cache.activity import Activity
 from hpmapper.cache.count import Counts, count, regular_files
+from hpmapper.cache.dedupe import MIN_AGE, Deduped, Deduper, Throttle
 from hpmapper.cache.inventory import Inventory
 from hpmapper.cache.names import names_of
 from hpmapper.cache.stat import CacheStat, cache_stat
@@ -21,6 +23,7 @@ from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.session import Session, session
 from hpmapper.cli.state import State, json_option, pass_state
 from hpmapper.image import reference
+from hpmapper.meta import snapshots
 from hpmapper.model import ObjectDigest
 from hpmapper.pool.base import parse_size
 
@@ -264,3 +267,30 @@ def _trimmed_text(done: Trimmed) -> str:
     rest = [f"{output.size(done.kept)} are in use"] * bool(done.kept)
     rest += [f"{output.size(done.passed)} were left"] * bool(done.passed)
     return "; ".join([text, *rest])
+
+
+@cache.command("dedupe")
+@click.option("--min-age", type=click.FloatRange(min=0), default=MIN_AGE, help="Seconds since the last change.")
+@click.option(
+    "--io-pressure", type=click.FloatRange(0, 100), default=Throttle().limit, help="Percent from which to wait."
+)
+@json_option
+@pass_state
+def dedupe_(state: State, min_age: float, io_pressure: float) -> None:
+    """Let identical files that containers wrote share their blocks.
+
+    With the image's, or with each other's. Containers may run meanwhile. Waits while the disk is busy.
+    """
+    with session(state) as opened:
+        inventory = inventories.take(opened.engine.db, opened.engine.driver)
+        deduper = Deduper(Throttle(io_pressure), min_age=min_age)
+        done = deduper.run(inventory, dict(snapshots.objects(opened.engine.db)), time.time())
+    facts = dataclasses.asdict(done) | {"waited": deduper.throttle.waited}
+    output.show(state, facts, lambda: _deduped_text(done))
+
+
+def _deduped_text(done: Deduped) -> str:
+    return (
+        f"{done.files} files now share {output.size(done.bytes)}; looked at {done.looked}, "
+        f"read {done.read} ({output.size(done.read_bytes)})"
+    )
