@@ -70,7 +70,7 @@ def _roots(inventory: Inventory) -> dict[tuple[int, int], SnapshotId]:
     roots = {}
     for snapshot in inventory.live:
         try:
-            status = os.stat(inventory.places.root_of(snapshot))
+            status = os.stat(inventory.places.root(snapshot))
         except OSError:
             continue  # unmounted or removed meanwhile
         roots[status.st_dev, status.st_ino] = snapshot

@@ -28,16 +28,16 @@ class Places(Protocol):
     def map_files(self, chain: Chain) -> list[Path]:
         """The files that hold a chain's names and attributes, and the small files' data."""
 
-    def map_mount(self, chain: Chain) -> Path | None:
-        """Where the chain's map is mounted, if it is: its inodes cache what the map's file caches as well."""
+    def map_mounts(self, chain: Chain) -> list[Path]:
+        """Where these maps are mounted, as far as they are: inodes there cache what the maps' files cache as well."""
 
     def layer_files(self, layer: SnapshotId) -> Path | None:
-        """The directory with a layer's files; None where files are objects."""
+        """The directory with a layer's files; None where files are objects, or there is none."""
 
     def own_files(self, snapshot: SnapshotId) -> Path:
         """The directory with what a container has for itself alone."""
 
-    def root_of(self, snapshot: SnapshotId) -> Path:
+    def root(self, snapshot: SnapshotId) -> Path:
         """The container's root directory: what its processes have for `/`."""
 
 

@@ -116,16 +116,15 @@ def _count_maps(inventory: Inventory) -> dict[str, Counts]:
         for path in inventory.places.map_files(chain):
             if str(path) not in found:
                 found[str(path)] = count(path)
-        target = inventory.places.map_mount(chain)
-        if target is not None and str(target) not in found:
-            # Larger ones are objects: their inodes in the map have no data.
-            found[str(target)] = count_below(target, below=PAGE)
+        for target in inventory.places.map_mounts(chain):
+            if str(target) not in found:
+                # Larger ones are objects: their inodes in the map have no data.
+                found[str(target)] = count_below(target, below=PAGE)
     return found
 
 
 def _map_names(inventory: Inventory, chain: Chain) -> list[str]:
-    target = inventory.places.map_mount(chain)
-    return [*map(str, inventory.places.map_files(chain)), *([str(target)] if target else [])]
+    return [*map(str, inventory.places.map_files(chain)), *map(str, inventory.places.map_mounts(chain))]
 
 
 def _readers(inventory: Inventory) -> tuple[Counter[ObjectDigest], Counter[SnapshotId]]:

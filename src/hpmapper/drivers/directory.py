@@ -267,8 +267,9 @@ class DirectoryLayers:
         """None: names are the file system's."""
         return []
 
-    def map_mount(self, chain: Chain) -> None:
+    def map_mounts(self, chain: Chain) -> list[Path]:
         """None."""
+        return []
 
     def layer_files(self, layer: SnapshotId) -> Path:
         """The layer's directory."""

@@ -249,17 +249,21 @@ class HpmapperDriver(UpperDriver):
         return self._objects.path(digest)
 
     def map_files(self, chain: Chain) -> list[Path]:
-        """The maps of a chain's layers, and the image's, as far as they are there."""
-        directories = dict.fromkeys([self._image(chain), *map(self._layer, chain)]) if chain else {}
-        return [path / "map" for path in directories if (path / "map").exists()]
+        """The maps of a chain: the image's first, then its layers', as far as they are there."""
+        return [path / "map" for path in self._map_places(chain) if (path / "map").exists()]
 
-    def map_mount(self, chain: Chain) -> Path | None:
-        """Where the image's map is mounted, if it is."""
-        target = self._image(chain) / "m" if chain else None
-        return target if target and mount.is_mountpoint(target) else None
+    def map_mounts(self, chain: Chain) -> list[Path]:
+        """Where these maps are mounted, as far as they are."""
+        return [path / "m" for path in self._map_places(chain) if mount.is_mountpoint(path / "m")]
 
-    def layer_files(self, layer: SnapshotId) -> None:
-        """None: files are objects."""
+    def _map_places(self, chain: Chain) -> list[Path]:
+        maps = self._split(chain)[1]
+        return list(dict.fromkeys([self._image(maps), *map(self._layer, maps)])) if maps else []
+
+    def layer_files(self, layer: SnapshotId) -> Path | None:
+        """A sealed layer's directory; any other's files are objects."""
+        sealed = self._sealed(layer)
+        return sealed if sealed.is_dir() and not self._layer(layer).exists() else None
 
     def _image(self, chain: Chain) -> Path:
         """Where the map of a whole chain is."""

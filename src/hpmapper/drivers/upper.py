@@ -239,10 +239,6 @@ class UpperDriver:
         """The directory with what a container has for itself alone (`hpmapper.cache.places`)."""
         return self._snapshot(snapshot) / "u"
 
-    def root_of(self, snapshot: SnapshotId) -> Path:
-        """Where its root is when it is mounted."""
-        return self._snapshot(snapshot) / "m"
-
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
 

@@ -143,11 +143,7 @@ class VfsDriver(directory.DirectoryLayers):
 
     def own_files(self, snapshot: SnapshotId) -> Path:
         """The container's copy (`hpmapper.cache.places`)."""
-        return self.root_of(snapshot)
-
-    def root_of(self, snapshot: SnapshotId) -> Path:
-        """The same."""
-        return self._snapshot(snapshot) / "m"
+        return self.root(snapshot)
 
     def space(self) -> Space:
         return Space.of(self.home)
