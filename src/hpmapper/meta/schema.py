@@ -6,7 +6,7 @@ objects and maps raw BLAKE3, digests of OCI things text ("sha256:…").
 
 from __future__ import annotations
 
-VERSION = 2
+VERSION = 3
 """Kept in `PRAGMA user_version`. A newer one is refused, an older one migrated by `MIGRATIONS`."""
 
 _FRONT_ENDS = """
@@ -29,6 +29,15 @@ CREATE TABLE blob (
     digest   TEXT PRIMARY KEY,            -- sha256 of the blob
     diff_id  TEXT NOT NULL,
     tar_size INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+
+_START_PROFILES = """
+-- What a container of the image reads while it starts (hpmapper.cache.profile has the format).
+CREATE TABLE start_profile (
+    image    TEXT PRIMARY KEY REFERENCES image (id) ON DELETE CASCADE,
+    profile  BLOB NOT NULL,
+    recorded INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
 
@@ -127,9 +136,11 @@ CREATE TABLE container (
 
 """
     + _FRONT_ENDS
+    + _START_PROFILES
 )
 
 MIGRATIONS: dict[int, str] = {
     1: "ALTER TABLE layer ADD COLUMN sealed INTEGER NOT NULL DEFAULT 0;\n" + _FRONT_ENDS,
+    2: _START_PROFILES,
 }
 """From version N to N + 1."""
