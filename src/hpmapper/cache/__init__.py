@@ -9,7 +9,10 @@
     trim        dropping duplicates, in the order in which they are missed least
     dedupe      identical contents in what containers wrote, made to share extents
     manager     the thread that trims under memory pressure and dedupes when the disk is idle
-    profile     which parts of an image a start reads; recorded, kept, and read ahead next time
+    profile     which parts of an image a start reads, as it is stored and as it travels
+    record      finding out
+    replay      reading them ahead
+    start       both, beside a container that starts (beside: in a process of its own)
 
 The kernel decides what is cached. All that is done here is to count, to hint (posix_fadvise) and to share extents:
 nothing can lose data, and nothing has to be undone after a crash.

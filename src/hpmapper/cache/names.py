@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 from hpmapper.cache.inventory import Inventory
 from hpmapper.erofs.reader import Map
@@ -21,10 +22,17 @@ def names_of(inventory: Inventory, wanted: Collection[ObjectDigest]) -> dict[Obj
             continue
         if left.isdisjoint(inventory.objects_of(image.chain)):
             continue
-        with Map.open(files[0]) as image_map:
-            for path, inode in walk(image_map.tree()):
-                if isinstance(inode.content, bytes) and inode.content in left:
-                    digest = ObjectDigest(inode.content)
-                    left.discard(digest)
-                    found[digest] = f"{image.name}:/{os.fsdecode(path)}"
+        for digest, path in names_of_image(files[0], left).items():
+            left.discard(digest)
+            found[digest] = f"{image.name}:{path}"
+    return found
+
+
+def names_of_image(map_file: Path, wanted: Collection[ObjectDigest]) -> dict[ObjectDigest, str]:
+    """A path "/…" for each object that the image of this map shows."""
+    found: dict[ObjectDigest, str] = {}
+    with Map.open(map_file) as image_map:
+        for path, inode in walk(image_map.tree()):
+            if isinstance(inode.content, bytes) and inode.content in wanted:
+                found.setdefault(ObjectDigest(inode.content), f"/{os.fsdecode(path)}")
     return found

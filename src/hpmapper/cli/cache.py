@@ -51,9 +51,10 @@ class _File(NamedTuple):
 @json_option
 @pass_state
 def stat_(state: State, image: str | None, container: str | None, top: int | None) -> None:
-    """Show what is cached, for whom, and what plain copies would have cost.
+    """Show what is cached, and for whom.
 
-    Bytes of objects, maps, layers, containers' own files, and devices. A container is live while its root is mounted.
+    And what plain copies would have cost. Bytes of objects, maps, layers, containers' own files, and devices. A
+    container is live while its root is mounted.
     """
     if image and container:
         raise click.UsageError("--image and --container exclude each other")
@@ -277,9 +278,10 @@ def _trimmed_text(done: Trimmed) -> str:
 @json_option
 @pass_state
 def dedupe_(state: State, min_age: float, io_pressure: float) -> None:
-    """Let identical files that containers wrote share their blocks.
+    """Let identical files share their blocks.
 
-    With the image's, or with each other's. Containers may run meanwhile. Waits while the disk is busy.
+    Files that containers wrote, with the image's, or with each other's. Containers may run meanwhile. Waits while the
+    disk is busy.
     """
     with session(state) as opened:
         inventory = inventories.take(opened.engine.db, opened.engine.driver)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from hpmapper.meta.db import Database
@@ -18,10 +19,17 @@ class ContainerUse(NamedTuple):
     chain: tuple[SnapshotId, ...]
 
 
-def objects_of_layers(db: Database) -> dict[SnapshotId, list[ObjectDigest]]:
-    """The objects of each layer that has any."""
+def objects_of_layers(
+    db: Database, layers: Collection[SnapshotId] | None = None
+) -> dict[SnapshotId, list[ObjectDigest]]:
+    """The objects of each of these layers that has any; None: of all."""
+    query = "SELECT layer, digest FROM layer_object JOIN object ON object = object.id"
+    if layers is None:
+        rows = db.rows(query)
+    else:
+        rows = [row for layer in layers for row in db.rows(f"{query} WHERE layer = ?", layer)]
     found: dict[SnapshotId, list[ObjectDigest]] = {}
-    for layer, digest in db.rows("SELECT layer, digest FROM layer_object JOIN object ON object = object.id"):
+    for layer, digest in rows:
         found.setdefault(SnapshotId(layer), []).append(ObjectDigest(digest))
     return found
 
