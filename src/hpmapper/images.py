@@ -46,10 +46,22 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """An image that came, with what each of its layers cost, lowest first."""
+    """An image that came, with what each of its layers cost, lowest first.
+
+    Attributes:
+        not_read: bytes, as the source has them, of layers that were there (0 where it does not say).
+        not_unpacked: bytes of the tars in them.
+    """
 
     image: ImageRow
     layers: tuple[Taken, ...]
+    not_read: int = 0
+    not_unpacked: int = 0
+
+    @property
+    def not_written(self) -> int:
+        """Bytes of files in new layers that were objects already."""
+        return sum(taken.ingested.deduplicated for taken in self.layers if taken.ingested)
 
 
 class Images:
@@ -88,7 +100,9 @@ class Images:
         row = self.record(final.config_bytes, parent, sum(layer.size for layer in unpacked), names)
         if image.start_profile:
             self._keep_profile(row, image.start_profile)
-        return Brought(row, tuple(layers))
+        known = [number for number, taken in enumerate(layers) if taken.ingested is None]
+        not_read = sum(image.layers[number].size or 0 for number in known)
+        return Brought(row, tuple(layers), not_read, sum(unpacked[number].size for number in known))
 
     def _keep_profile(self, row: ImageRow, data: bytes) -> None:
         """Keep a profile that came with an image, unless it already has one of this machine."""
