@@ -6,12 +6,14 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from hpmapper.cache.count import count_open, opened
 from hpmapper.cache.places import Places
 from hpmapper.cache.profile import Profile, file_size
+from hpmapper.kernel import lock
 from hpmapper.kernel.mincore import Run
 from hpmapper.model import ObjectDigest
 
@@ -33,7 +35,11 @@ class Swept(NamedTuple):
 
 
 def sweep(profile: Profile, places: Places, map_file: Path | None, budget: int | None = None) -> Swept:
-    """Have the kernel read it all, as far as `budget` bytes go (None: half of the available memory)."""
+    """Have the kernel read it all, as far as `budget` bytes go (None: half of the available memory).
+
+    Does nothing if it is cached, or if another process is just reading the same image ahead: ten containers that start
+    at once need one sweep.
+    """
     room = available_memory() * _FREE_SHARE if budget is None else budget
     paths = _within(list(_paths(profile, places, map_file)), room)
     lock, done = threading.Lock(), iter(paths)
@@ -47,12 +53,26 @@ def sweep(profile: Profile, places: Places, map_file: Path | None, budget: int |
                 return files
             files += _read_ahead(*one)
 
-    if is_cached(profile, places):
-        return Swept(0, 0, 0)
-    with ThreadPoolExecutor(_THREADS, "read-ahead") as threads:
-        files = sum(threads.map(lambda _: work(), range(_THREADS)))
+    with _alone(map_file) as alone:
+        if not alone or is_cached(profile, places):
+            return Swept(0, 0, 0)
+        with ThreadPoolExecutor(_THREADS, "read-ahead") as threads:
+            files = sum(threads.map(lambda _: work(), range(_THREADS)))
     asked = sum(run.end - run.start for _, runs in paths for run in runs)
     return Swept(files, asked, profile.size - asked)
+
+
+@contextmanager
+def _alone(map_file: Path | None) -> Iterator[bool]:
+    """Whether nobody else is at the same image; then nobody else will be, meanwhile."""
+    with opened(map_file or "") as fd, ExitStack() as stack:
+        try:
+            if fd is not None:
+                stack.enter_context(lock.exclusive(fd, timeout=0))
+            alone = True
+        except BlockingIOError:
+            alone = False
+        yield alone
 
 
 def is_cached(profile: Profile, places: Places) -> bool:
