@@ -167,6 +167,18 @@ def test_pages_mapped_by_a_process_stay(root: CacheRoot) -> None:
         assert done.kept >= SIZE - 4096
 
 
+def test_subvolumes_cache_shared_extents_once_for_each_container(tmp_path: Path) -> None:
+    with cache_root(tmp_path, "btrfs", fs="btrfs") as root:
+        root.image("one", {"big": BIG})
+        mounted = [root.container("one", f"c{number}")[1] for number in range(3)]
+        for path in mounted:
+            assert (path / "big").read_bytes() == BIG
+        found = duplicates.find(taken(root))
+        assert sum(one.size for one in found) >= 2 * SIZE
+        assert trim(found, {}).dropped >= 2 * SIZE
+        assert duplicates.find(taken(root)) == []
+
+
 @pytest.mark.parametrize("driver", ["overlay", "vfs"])
 def test_whole_files_of_other_drivers(tmp_path: Path, driver: str) -> None:
     with cache_root(tmp_path, driver) as root:

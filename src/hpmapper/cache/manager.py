@@ -8,9 +8,10 @@
 Calm until the kernel reports pressure: a PSI trigger of the machine's memory, PSI triggers of control groups of version
 2, and reclaim events of control groups of version 1. The last also tell of clean cache being squeezed, where nobody
 stalls (level "low": "medium" did not come when a group read a file of three times its size).
-Then *relieving*: rounds of trimming, idle containers' duplicates first, containers' at work only from the second round
-on that found the pressure as before. A round drops at most `round_bytes`; the next begins at least `pause` later, and
-later still if looking was expensive. Calm again once pressure is below `calm_below` and no event came for `calm_after`.
+Then *relieving*: rounds of trimming, idle containers' duplicates first; those of containers at work only where the
+machine as a whole stalls (PSI "full"), because these read theirs from the disk again (docs/measurements.md). A round
+drops at most `round_bytes`; the next begins at least `pause` later, and later still if looking was expensive. Calm
+again once pressure is below `calm_below` and no event came for `calm_after`.
 
 Nothing here is on anybody's way: whoever starts the thread can stop it, or die, at any moment.
 """
@@ -33,6 +34,7 @@ from hpmapper.cache import duplicates, inventory
 from hpmapper.cache.activity import LOOK_SECONDS, Activity, Work
 from hpmapper.cache.dedupe import Deduper, Throttle
 from hpmapper.cache.inventory import Inventory
+from hpmapper.cache.places import Places
 from hpmapper.cache.trim import trim
 from hpmapper.drivers.base import Driver
 from hpmapper.errors import HpmapperError, Unsupported
@@ -54,6 +56,8 @@ class Settings:
     Attributes:
         stall_us: microseconds of two seconds that tasks must stall for memory until it acts.
         calm_below: percent of stalled time (PSI's avg10) below which it rests again.
+        busy_above: percent of time in which all tasks stall (PSI's full avg10) from which on containers at work lose
+            their duplicates too.
         calm_after: seconds without an event after which it rests again.
         round_bytes: dropped at most in one round. pause: seconds between rounds at least.
         looking_share: at most this part of the time goes into looking for duplicates.
@@ -63,6 +67,7 @@ class Settings:
 
     stall_us: int = 100_000
     calm_below: float = 1.0
+    busy_above: float = 10.0
     calm_after: float = 10.0
     round_bytes: int = 256 << 20
     pause: float = 1.0
@@ -125,8 +130,8 @@ class CacheManager:
         self._activity = Activity()
 
     def start(self) -> None:
-        """Begin. Does nothing when it runs already."""
-        if self._thread is None:
+        """Begin. Does nothing when it runs already, or when the driver's cache cannot be looked into."""
+        if self._thread is None and isinstance(self._driver, Places):
             self._stop.clear()
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._thread = threading.Thread(target=self._run, name="cache-manager", daemon=True)
@@ -207,11 +212,10 @@ class CacheManager:
         self._counters.add(relief_begun=1)
         if self._guarded(self._begin_watching) is not None:
             self._stop.wait(LOOK_SECONDS)
-        rounds, last_event = 0, time.monotonic()
+        last_event = time.monotonic()
         while not self._stop.is_set():
             began = time.monotonic()
-            looked = self._guarded(partial(self._round, busy=rounds > 0 and self._is_pressed()))
-            rounds += 1
+            looked = self._guarded(partial(self._round, busy=self._is_critical()))
             pause = max(self._settings.pause, (looked or 0.0) / self._settings.looking_share)
             if pause > self._settings.pause:
                 self._counters.add(rounds_delayed=1)
@@ -232,6 +236,12 @@ class CacheManager:
     def _is_pressed(self) -> bool:
         try:
             return psi.pressure("memory").some >= self._settings.calm_below
+        except OSError:
+            return False
+
+    def _is_critical(self) -> bool:
+        try:
+            return psi.pressure("memory").full >= self._settings.busy_above
         except OSError:
             return False
 
