@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from hpmapper import faults
+from hpmapper.cache.profile import decode
+from hpmapper.cache.start import ImageFiles, keep
 from hpmapper.engine import Blob, Engine, Taken
-from hpmapper.errors import InvalidArgument, NotFound
+from hpmapper.errors import Corrupt, InvalidArgument, NotFound, Unsupported
 from hpmapper.image import oci, reference
 from hpmapper.image.opening import SourceOptions, open_source
 from hpmapper.image.save import SavedImage, SavedLayer
@@ -22,9 +25,11 @@ from hpmapper.layer.diff import write_tar
 from hpmapper.layer.scan import scan
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import images as meta
-from hpmapper.meta import snapshots
+from hpmapper.meta import profiles, snapshots
 from hpmapper.meta.images import ImageRow
 from hpmapper.meta.snapshots import Snapshot
+
+log = logging.getLogger(__name__)
 
 _ID = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
 
@@ -41,10 +46,22 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """An image that came, with what each of its layers cost, lowest first."""
+    """An image that came, with what each of its layers cost, lowest first.
+
+    Attributes:
+        not_read: bytes, as the source has them, of layers that were there (0 where it does not say).
+        not_unpacked: bytes of the tars in them.
+    """
 
     image: ImageRow
     layers: tuple[Taken, ...]
+    not_read: int = 0
+    not_unpacked: int = 0
+
+    @property
+    def not_written(self) -> int:
+        """Bytes of files in new layers that were objects already."""
+        return sum(taken.ingested.deduplicated for taken in self.layers if taken.ingested)
 
 
 class Images:
@@ -81,7 +98,23 @@ class Images:
         unpacked = [self._unpacked(taken.snapshot) for taken in layers]
         final = image.finish(unpacked)
         row = self.record(final.config_bytes, parent, sum(layer.size for layer in unpacked), names)
-        return Brought(row, tuple(layers))
+        if image.start_profile:
+            self._keep_profile(row, image.start_profile)
+        known = [number for number, taken in enumerate(layers) if taken.ingested is None]
+        not_read = sum(image.layers[number].size or 0 for number in known)
+        return Brought(row, tuple(layers), not_read, sum(unpacked[number].size for number in known))
+
+    def _keep_profile(self, row: ImageRow, data: bytes) -> None:
+        """Keep a profile that came with an image, unless it already has one of this machine."""
+        if profiles.find(self._db, row.id) is not None:
+            return
+        try:
+            files = ImageFiles(self._db, self._engine.driver, row)
+            keep(self._db, files, decode(data, f"start profile of {row.id}"))
+        except Unsupported:
+            pass  # another driver
+        except Corrupt as error:
+            log.warning("%s; the image is kept without it", error)
 
     def _unpacked(self, snapshot: Snapshot) -> Unpacked:
         assert snapshot.layer is not None
@@ -165,7 +198,8 @@ class Images:
         for snapshot in self.layers(row):
             unpacked = self._unpacked(snapshot)
             layers.append(SavedLayer(unpacked.diff_id, unpacked.size, self._opener(snapshot)))
-        return SavedImage(row.names, row.config, tuple(layers))
+        profile = profiles.find(self._db, row.id)
+        return SavedImage(row.names, row.config, tuple(layers), profile[0] if profile else b"")
 
     def _opener(self, snapshot: Snapshot) -> Callable[[], BinaryIO]:
         return lambda: io.BufferedReader(_PieceReader(self._engine.read_tar(snapshot)), 1 << 20)

@@ -47,7 +47,8 @@ def test_import(facts: Facts, tmp_path: Path) -> None:
     (again,) = facts("image", "import", tmp_path / "root.tar", "base:2", "-c", "CMD sh")
     assert again["names"] == ["docker.io/library/base:1", "docker.io/library/base:2"]
     assert again.keys() == {
-        "id", "names", "layers_new", "layers_known", "bytes_stored", "bytes_deduplicated", "seconds",
+        "id", "names", "layers_new", "layers_known", "bytes_stored", "bytes_deduplicated", "bytes_not_read",
+        "bytes_not_unpacked", "seconds",
     }  # fmt: skip
 
 

@@ -59,6 +59,19 @@ PYTHON_PACKAGES = (
 )
 """Pinned, so that figures taken months apart are figures of the same bytes."""
 
+WEB_PACKAGES = (
+    "flask==3.0.3",
+    "werkzeug==3.0.4",
+    "jinja2==3.1.4",
+    "markupsafe==2.1.5",
+    "itsdangerous==2.2.0",
+    "click==8.1.7",
+    "blinker==1.8.2",
+    "sqlalchemy==2.0.35",
+    "typing_extensions==4.12.2",
+    "greenlet==3.1.1",
+)
+
 CHANGED_PART = 10
 """Version B changes one file in this many."""
 
@@ -103,6 +116,31 @@ def debian_minimal(directory: Path, suite: str = "bookworm") -> Path:
         write_layout(new, "debian-minimal", [write_layer(new, scratch / "system", "debian")])
 
     return _cached(directory / "debian-minimal", build)
+
+
+def debian_web(directory: Path) -> Path:
+    """Bookworm with Python, and on top of it what a small web application stands on: two layers."""
+
+    def build(new: Path, scratch: Path) -> None:
+        system, packages = scratch / "system", scratch / "packages"
+        debootstrap(system, "bookworm", ("python3",))
+        pip_install(packages / PYTHON_TARGET, WEB_PACKAGES, "3.11")
+        compile_python(packages, (3, 11))
+        write_layout(
+            new, "debian-web", [write_layer(new, system, "debian"), write_layer(new, packages, "web packages")]
+        )
+
+    return _cached(directory / "debian-web", build)
+
+
+def debian_database(directory: Path) -> Path:
+    """Bookworm with PostgreSQL and an empty cluster, as its package makes it: one layer."""
+
+    def build(new: Path, scratch: Path) -> None:
+        debootstrap(scratch / "system", "bookworm", ("postgresql-15",))
+        write_layout(new, "debian-database", [write_layer(new, scratch / "system", "debian")])
+
+    return _cached(directory / "debian-database", build)
 
 
 def two_versions(directory: Path, source: Path) -> tuple[Path, Path]:
@@ -176,6 +214,15 @@ def pip_install(target: Path, packages: Sequence[str], version: str) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-compile", "--only-binary=:all:", "--implementation=cp", f"--python-version={version}"]
     run([*command, *platforms, f"--target={target}", *packages], hint="needs PyPI or a mirror of it")
+
+
+def compile_python(top: Path, version: tuple[int, int]) -> None:
+    """Compile modules as an image's build does: else each start would. Needs an interpreter of that version."""
+    name = ".".join(map(str, version))
+    interpreter = sys.executable if sys.version_info[:2] == version else shutil.which(f"python{name}")
+    if interpreter is None:
+        raise Unsupported(f"cannot compile Python modules: there is no python{name}", hint=f"apt install python{name}")
+    run([interpreter, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", str(top), str(top)])
 
 
 def flatten(layout: Path, root: Path) -> None:
@@ -364,6 +411,7 @@ def main(arguments: Sequence[str]) -> None:
     print(debian_minimal(directory))
     print(source := debian_python(directory))
     print(*two_versions(directory, source), sep="\n")
+    print(debian_web(directory), debian_database(directory), sep="\n")
 
 
 if __name__ == "__main__":

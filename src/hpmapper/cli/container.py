@@ -55,7 +55,7 @@ def start(ctx: click.Context, state: State, /, name: str, command: Sequence[str]
     typed = Words(**words)
     options = typed.options(command)
     with session(state) as opened:
-        status = run_container(opened, opened.containers.get(name), options, typed.runtime)
+        status = run_container(opened, opened.containers.get(name), options, typed.runtime, typed.start())
     ctx.exit(status)
 
 

@@ -145,19 +145,25 @@ def _cost(brought: Brought) -> dict[str, object]:
         "layers_new": len(new),
         "layers_known": len(brought.layers) - len(new),
         "bytes_stored": sum(one.size for one in new),
-        "bytes_deduplicated": sum(one.deduplicated for one in new),
+        "bytes_deduplicated": brought.not_written,
+        "bytes_not_read": brought.not_read,
+        "bytes_not_unpacked": brought.not_unpacked,
     }
 
 
 def _summary(brought: Brought, seconds: float) -> str:
     new = [taken.ingested for taken in brought.layers if taken.ingested]
     known = len(brought.layers) - len(new)
-    stored, shared = sum(one.size for one in new), sum(one.deduplicated for one in new)
-    return (
-        f"{_title(brought.image)}  {_short(brought.image)}\n"
-        f"  layers: {len(new)} new, {known} already there; stored {output.size(stored)}, "
-        f"deduplicated {output.size(shared)}; {seconds:.1f} s"
+    stored = sum(one.size for one in new)
+    lines = [
+        f"{_title(brought.image)}  {_short(brought.image)}",
+        f"  layers: {len(new)} new, {known} already there; stored {output.size(stored)}; {seconds:.1f} s",
+    ]
+    saved = [f"{output.size(brought.not_unpacked)} not unpacked ({output.size(brought.not_read)} not read)"] * bool(
+        known
     )
+    saved += [f"{output.size(brought.not_written)} of files not written again"] * bool(brought.not_written)
+    return "\n".join([*lines, *(["  saved: " + ", ".join(saved)] if saved else [])])
 
 
 @image.command()

@@ -22,6 +22,8 @@ COMMANDS = {
     "container": Lazy("hpmapper.cli.container:container", "Make, inspect, commit and remove containers."),
     "pool": Lazy("hpmapper.cli.pool:pool", "Make, watch and grow the storage pool."),
     "config": Lazy("hpmapper.cli.configure:config", "Make containerd or Docker use hpmapper."),
+    "cache": Lazy("hpmapper.cli.cache:cache", "See and tidy the page cache."),
+    "profile": Lazy("hpmapper.cli.profile:profile", "See, record and drop images' start profiles."),
     "info": Lazy("hpmapper.cli.system:info", "Show what is in use."),
     "doctor": Lazy("hpmapper.cli.system:doctor", "Try what this host can do."),
     "drivers": Lazy("hpmapper.cli.system:drivers", "List the storage drivers and whether they work here."),

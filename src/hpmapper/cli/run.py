@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from hpmapper.cache.start import WINDOW, StartSettings, starting
 from hpmapper.cli.session import Session, session
 from hpmapper.cli.state import State, pass_state
 from hpmapper.errors import HpmapperError
@@ -40,6 +41,12 @@ class Words:
     interactive: bool
     tty: bool
     runtime: str | None
+    profile: bool
+    profile_window: float
+
+    def start(self) -> StartSettings:
+        """What is done about start profiles."""
+        return StartSettings(replay=self.profile, record=self.profile, window=self.profile_window)
 
     def options(self, command: Sequence[str]) -> Options:
         """Checked, as far as that can be done before anything is made."""
@@ -69,6 +76,18 @@ _OPTIONS = (
     click.option("-i", "--interactive", is_flag=True, help="Leave standard input open."),
     click.option("-t", "--tty", is_flag=True, help="Give it a terminal."),
     click.option("--runtime", metavar="NAME|PATH", help="crun or runc; by default the first that is installed."),
+    click.option(
+        "--profile/--no-profile",
+        default=True,
+        help="Read ahead what starts of the image read; record it at the first one. On by default.",
+    ),
+    click.option(
+        "--profile-window",
+        type=click.FloatRange(min=0.1),
+        default=WINDOW,
+        metavar="SECONDS",
+        help="How long a start is recorded; by default 30.",
+    ),
 )
 
 
@@ -113,22 +132,25 @@ def run(
     with session(state) as opened:
         container = opened.containers.create(image, name, size=parse_size(size) if size else None)
         try:
-            status = run_container(opened, container, options, typed.runtime)
+            status = run_container(opened, container, options, typed.runtime, typed.start())
         finally:
             if remove:
                 opened.containers.remove(container)
     ctx.exit(status)
 
 
-def run_container(opened: Session, container: ContainerRow, options: Options, runtime: str | None) -> int:
+def run_container(
+    opened: Session, container: ContainerRow, options: Options, runtime: str | None, start: StartSettings
+) -> int:
     """Run a container that exists; returns its exit status. Its root is mounted meanwhile, or longer if it was."""
     place = opened.place(container.name)
-    with place.held() as lock:
+    image = opened.containers.image(container)
+    with place.held() as lock, starting(opened.engine.db, opened.engine.driver, image, start):
         was_mounted = container.snapshot in opened.mounted()
         root = opened.containers.mount(container)
         try:
-            config = oci.decode_config(opened.containers.image(container).config, f"config of {container.image}")
-            return Runner(find_runtime(runtime), place, lock).run(root, _defaults(config.settings), options)
+            config = oci.decode_config(image.config, f"config of {container.image}")
+            return Runner(find_runtime(runtime), place, lock).run(root, defaults_of(config.settings), options)
         finally:
             if not was_mounted:
                 _unmount(opened, container)
@@ -141,7 +163,8 @@ def _unmount(opened: Session, container: ContainerRow) -> None:
         log.warning("%s stays mounted: %s", container.name, error)
 
 
-def _defaults(settings: oci.Settings) -> Defaults:
+def defaults_of(settings: oci.Settings) -> Defaults:
+    """What the image says of how it is to be run."""
     return Defaults(
         entrypoint=tuple(settings.entrypoint or ()),
         cmd=tuple(settings.cmd or ()),

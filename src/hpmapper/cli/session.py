@@ -12,10 +12,10 @@ from hpmapper.cli.state import State
 from hpmapper.config import Config, load
 from hpmapper.containers import Containers
 from hpmapper.drivers.registry import by_name
+from hpmapper.drivers.upper import mounted_snapshots
 from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition
 from hpmapper.images import Images
-from hpmapper.kernel.mount import mounts_below
 from hpmapper.model import SnapshotId
 from hpmapper.root import Opened, open_root
 from hpmapper.runtime import place
@@ -50,10 +50,7 @@ class Session:
 
     def mounted(self) -> set[SnapshotId]:
         """The snapshots whose root file system is mounted."""
-        # Every driver mounts a snapshot's root at a/NUMBER/m.
-        home = self.engine.driver.scratch.parent.resolve()
-        places = (Path(one.target).relative_to(home).parts for one in mounts_below(home))
-        return {SnapshotId(int(parts[1])) for parts in places if parts[:1] == ("a",) and parts[2:] == ("m",)}
+        return mounted_snapshots(self.engine.driver.scratch.parent)
 
     def place(self, name: str) -> place.Place:
         """Where the container of that name runs."""

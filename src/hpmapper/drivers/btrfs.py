@@ -135,6 +135,14 @@ class BtrfsDriver(directory.DirectoryLayers):
     def root(self, snapshot: SnapshotId) -> Path:
         return self._snapshot(snapshot) / "m"
 
+    def own_files(self, snapshot: SnapshotId) -> Path:
+        """The container's tree (`hpmapper.cache.places`)."""
+        return self._snapshot(snapshot) / "diff"
+
+    def layer_files(self, layer: SnapshotId) -> Path:
+        """The layer's tree."""
+        return self._subvolume(layer) / "diff"
+
     def seal(self, snapshot: SnapshotId) -> bool:
         top = self._snapshot(snapshot)
         if btrfs.nested(top, btrfs.subvolume(top).id):

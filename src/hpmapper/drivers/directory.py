@@ -258,6 +258,23 @@ class DirectoryLayers:
     def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
         return read_tar(self._layer(layer))
 
+    # For the cache (`hpmapper.cache.places`).
+
+    def object_file(self, digest: ObjectDigest) -> None:
+        """None: nothing is an object."""
+
+    def map_files(self, chain: Chain) -> list[Path]:
+        """None: names are the file system's."""
+        return []
+
+    def map_mounts(self, chain: Chain) -> list[Path]:
+        """None."""
+        return []
+
+    def layer_files(self, layer: SnapshotId) -> Path:
+        """The layer's directory."""
+        return self._layer(layer) / "diff"
+
     def remove_layer(self, layer: SnapshotId) -> None:
         discard(self._layer(layer), self.scratch)
 

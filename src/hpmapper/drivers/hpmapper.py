@@ -243,6 +243,29 @@ class HpmapperDriver(UpperDriver):
             return f"has {found} bytes instead of {size}"
         return None if self._objects.verify(digest) else "has other data than its name says"
 
+    # For the cache (`hpmapper.cache.places`).
+
+    def object_file(self, digest: ObjectDigest) -> str:
+        """Where an object's data is."""
+        return self._objects.path(digest)
+
+    def map_files(self, chain: Chain) -> list[Path]:
+        """The maps of a chain: the image's first, then its layers', as far as they are there."""
+        return [path / "map" for path in self._map_places(chain) if (path / "map").exists()]
+
+    def map_mounts(self, chain: Chain) -> list[Path]:
+        """Where these maps are mounted, as far as they are."""
+        return [path / "m" for path in self._map_places(chain) if mount.is_mountpoint(path / "m")]
+
+    def _map_places(self, chain: Chain) -> list[Path]:
+        maps = self._split(chain)[1]
+        return list(dict.fromkeys([self._image(maps), *map(self._layer, maps)])) if maps else []
+
+    def layer_files(self, layer: SnapshotId) -> Path | None:
+        """A sealed layer's directory; any other's files are objects."""
+        sealed = self._sealed(layer)
+        return sealed if sealed.is_dir() and not self._layer(layer).exists() else None
+
     def _image(self, chain: Chain) -> Path:
         """Where the map of a whole chain is."""
         if len(chain) == 1:

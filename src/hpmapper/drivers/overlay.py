@@ -87,6 +87,10 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         layers = [f"workdir={top}/w", f"upperdir={top}/u", f"lowerdir={':'.join(lowers)}"]
         return MountSpec("overlay", "overlay", ["index=off", *layers])
 
+    def layer_files(self, layer: SnapshotId) -> Path:
+        """The layer's directory (`hpmapper.cache.places`)."""
+        return Path(self._tree(layer))
+
     def _stack(self, chain: Chain) -> Stack:
         return Stack([self._tree(layer) for layer in chain])
 

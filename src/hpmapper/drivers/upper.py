@@ -237,6 +237,10 @@ class UpperDriver:
         top = self._snapshot(snapshot)
         return disk_usage(top / "u") if limit_of(top) is None else self._limits.usage(top)
 
+    def own_files(self, snapshot: SnapshotId) -> Path:
+        """The directory with what a container has for itself alone (`hpmapper.cache.places`)."""
+        return self._snapshot(snapshot) / "u"
+
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
 
@@ -385,6 +389,14 @@ def _exclusive_bytes(path: str, status: os.stat_result) -> int:
         return sum(extent.length for extent in fiemap.extents(fd) if not extent.shared)
     finally:
         os.close(fd)
+
+
+def mounted_snapshots(home: Path) -> set[SnapshotId]:
+    """The snapshots below a driver's directory whose root file system is mounted."""
+    # Every driver mounts a snapshot's root at a/NUMBER/m.
+    top = home.resolve()
+    places = (Path(one.target).relative_to(top).parts for one in mount.mounts_below(top))
+    return {SnapshotId(int(parts[1])) for parts in places if parts[:1] == ("a",) and parts[2:] == ("m",)}
 
 
 def numbers(directory: Path) -> set[SnapshotId]:

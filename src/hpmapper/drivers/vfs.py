@@ -143,6 +143,10 @@ class VfsDriver(directory.DirectoryLayers):
         top = self._snapshot(snapshot)
         return disk_usage(top / "m") if limit_of(top) is None else self._limits.usage(top)
 
+    def own_files(self, snapshot: SnapshotId) -> Path:
+        """The container's copy (`hpmapper.cache.places`)."""
+        return self.root(snapshot)
+
     def space(self) -> Space:
         return Space.of(self.home)
 

@@ -7,6 +7,7 @@ is decided at two places: by name at the top, by platform below it and among ent
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Self
@@ -180,7 +181,15 @@ class LayoutReader:
 
     def _read(self, descriptor: oci.Descriptor, names: list[str]) -> SourceImage:
         data = self._blobs.document(descriptor, "manifest")
-        return read_image(self._blobs, data, names, f"manifest {descriptor.digest}")
+        image = read_image(self._blobs, data, names, f"manifest {descriptor.digest}")
+        return replace(image, start_profile=self._profile(descriptor))
+
+    def _profile(self, manifest: oci.Descriptor) -> bytes:
+        text = (manifest.annotations or {}).get(oci.START_PROFILE)
+        if text is None:
+            return b""
+        descriptor = oci.decode(text.encode(errors="replace"), oci.Descriptor, f"annotation {oci.START_PROFILE}")
+        return self._blobs.document(descriptor, "start profile")
 
     def _nothing(self) -> NotFound:
         seen = ", ".join(sorted(set(self._seen))) or "nothing"

@@ -51,6 +51,13 @@ LAYER_COMPRESSION = {
 
 REF_NAME = "org.opencontainers.image.ref.name"
 CONTAINERD_NAME = "io.containerd.image.name"
+START_PROFILE = "dev.hpmapper.start-profile"
+"""Annotation of an image in a layout's index: the descriptor, as JSON, of the blob that is its start profile.
+
+Not a manifest of its own, as an artifact's would be: tools that take a layout's only image refuse one with two.
+"""
+
+START_PROFILE_TYPE = "application/vnd.hpmapper.start-profile.v1+json"
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Json = dict[str, object]

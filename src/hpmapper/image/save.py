@@ -50,11 +50,15 @@ class SavedLayer(NamedTuple):
 
 
 class SavedImage(NamedTuple):
-    """An image to write: its references (with tags, may be none), its config as it is, its layers lowest first."""
+    """An image to write: its references (with tags, may be none), its config as it is, its layers lowest first.
+
+    And its start profile, b"" if it has none.
+    """
 
     names: tuple[str, ...]
     config_bytes: bytes
     layers: tuple[SavedLayer, ...]
+    start_profile: bytes = b""
 
 
 def save(
@@ -246,7 +250,10 @@ class _Writer:
             layers = [self._layer(layer) for layer in image.layers]
             manifest = documents.manifest(image.config_bytes, layers)
             config = self._blob(oci.OCI_CONFIG, image.config_bytes)
-            entries += _index_entries(self._blob(oci.OCI_MANIFEST, manifest), image.names)
+            entry = self._blob(oci.OCI_MANIFEST, manifest)
+            if image.start_profile:
+                entry = _with_profile(entry, self._blob(oci.START_PROFILE_TYPE, image.start_profile))
+            entries += _index_entries(entry, image.names)
             docker.append(_docker_entry(image.names, config, layers))
         self._put("index.json", msgspec.json.encode(oci.Index(2, entries, media_type=oci.OCI_INDEX)))
         if form is SaveForm.DOCKER_ARCHIVE:
@@ -301,8 +308,16 @@ def _index_entries(manifest: oci.Descriptor, names: Sequence[str]) -> Iterator[o
     if not names:
         yield manifest
     for name in names:
-        annotations = {oci.CONTAINERD_NAME: name, oci.REF_NAME: reference.parse(name).tag or ""}
+        annotations = (manifest.annotations or {}) | {
+            oci.CONTAINERD_NAME: name,
+            oci.REF_NAME: reference.parse(name).tag or "",
+        }
         yield msgspec.structs.replace(manifest, annotations=annotations)
+
+
+def _with_profile(manifest: oci.Descriptor, profile: oci.Descriptor) -> oci.Descriptor:
+    annotations = {oci.START_PROFILE: msgspec.json.encode(profile).decode()}
+    return msgspec.structs.replace(manifest, annotations=annotations)
 
 
 def _docker_entry(names: Sequence[str], config: oci.Descriptor, layers: Sequence[oci.Descriptor]) -> dict[str, object]:

@@ -63,6 +63,7 @@ class SourceImage:
         layers: lowest first, as many as the config has DiffIDs.
         config_bytes, config: the document whose digest is the image's id, and a view of it.
         manifest_bytes: as in the source, b"" when it has none.
+        start_profile: the blob of that name, unread by anybody; b"" when it has none.
         make_config: set while the config is provisional, as it is for a root file system: makes it from DiffIDs.
     """
 
@@ -71,6 +72,7 @@ class SourceImage:
     config_bytes: bytes
     config: oci.ImageConfig
     manifest_bytes: bytes = b""
+    start_profile: bytes = b""
     make_config: Callable[[Sequence[str]], bytes] | None = None
 
     @property

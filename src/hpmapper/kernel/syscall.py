@@ -31,6 +31,9 @@ AT_RECURSIVE = 0x8000
 # Since Linux 5.1 a new system call has one number on every architecture; older ones differ.
 _OLD: dict[str, tuple[int, int]] = {
     "clone": (56, 220),
+    "mincore": (27, 232),
+    "mmap": (9, 222),
+    "munmap": (11, 215),
     "statfs": (137, 43),
     "prctl": (157, 167),
     "mount": (165, 40),
@@ -54,6 +57,9 @@ def _old(name: str) -> int:
 
 NR_CLONE = _old("clone")
 NR_GETDENTS64 = _old("getdents64")
+NR_MINCORE = _old("mincore")
+NR_MMAP = _old("mmap")
+NR_MUNMAP = _old("munmap")
 NR_PRCTL = _old("prctl")
 NR_STATFS = _old("statfs")
 NR_MOUNT = _old("mount")

@@ -6,7 +6,7 @@ objects and maps raw BLAKE3, digests of OCI things text ("sha256:…").
 
 from __future__ import annotations
 
-VERSION = 3
+VERSION = 4
 """Kept in `PRAGMA user_version`. A newer one is refused, an older one migrated by `MIGRATIONS`."""
 
 _FRONT_ENDS = """
@@ -38,6 +38,15 @@ CREATE TABLE size_limit (
     snapshot INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
     size     INTEGER NOT NULL
 );
+"""
+
+_START_PROFILES = """
+-- What a container of the image reads while it starts (hpmapper.cache.profile has the format).
+CREATE TABLE start_profile (
+    image    TEXT PRIMARY KEY REFERENCES image (id) ON DELETE CASCADE,
+    profile  BLOB NOT NULL,
+    recorded INTEGER NOT NULL
+) WITHOUT ROWID;
 """
 
 SCHEMA = (
@@ -136,10 +145,12 @@ CREATE TABLE container (
 """
     + _FRONT_ENDS
     + _SIZE_LIMIT
+    + _START_PROFILES
 )
 
 MIGRATIONS: dict[int, str] = {
     1: "ALTER TABLE layer ADD COLUMN sealed INTEGER NOT NULL DEFAULT 0;\n" + _FRONT_ENDS,
     2: _SIZE_LIMIT,
+    3: _START_PROFILES,
 }
 """From version N to N + 1."""

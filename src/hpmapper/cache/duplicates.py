@@ -1,0 +1,293 @@
+"""The same bytes in the page cache twice.
+
+*Shared extents.* A container's copied-up file still refers to its object's blocks, but has an inode, and so a cache, of
+its own. Pages that both inodes cache of one physical block are duplicates: FIEMAP's physical ranges × mincore's
+residency. The same finds files that were deduplicated, and copies of the vfs driver made by clones.
+
+*Whole files.* The overlay and vfs drivers hold the same file in several directories, with blocks of its own in each.
+Only contents tell; for comparison, not for dropping.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from hpmapper.cache.activity import Work
+from hpmapper.cache.count import count_open, opened, regular_files
+from hpmapper.cache.inventory import Inventory
+from hpmapper.kernel import fiemap
+from hpmapper.kernel.cachestat import cachestat
+from hpmapper.kernel.mincore import PAGE, Run, resident
+from hpmapper.model import ObjectDigest, SnapshotId
+
+_GRAIN = 64 * 1024
+"""Around a dirty page this much is left alone: finding each single one would take longer than it gives."""
+
+_WHOLE_FROM = 4 * PAGE
+"""Bytes from which whole files are compared."""
+
+
+class Piece(NamedTuple):
+    """Cached, clean bytes of a file whose blocks another file shares."""
+
+    logical: int
+    physical: int
+    length: int
+
+
+class SharedFile(NamedTuple):
+    """A file with such pieces. `owner`: the container it belongs to; None: it serves all of an image's."""
+
+    path: str
+    owner: SnapshotId | None
+    pieces: Sequence[Piece]
+
+
+class Duplicate(NamedTuple):
+    """Bytes [start, end) of a file, cached here and in another inode that deserves it more."""
+
+    path: str
+    owner: SnapshotId | None
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) -> list[Duplicate]:
+    """All pages whose blocks are cached through another inode as well, those that are missed least first.
+
+    Of the copies of one block the one stays that is read most: the object's, while a live container reads it there;
+    then that of the busiest container (`work`: of each live one; by default all are taken for idle). An object that
+    every reader has copied up comes last: nobody reads it there any more.
+    """
+    own = list(_own_files(inventory))
+    if not own:
+        return []
+    shared = list(_shared_files(inventory, own))
+    index = _Index(shared)
+    copies: dict[str, set[SnapshotId]] = defaultdict(set)
+    for file in own:
+        if file.owner in inventory.live:
+            for path in index.paths_of(file):
+                copies[path].add(file.owner)
+    readers = _live_readers(inventory)
+    left = [file for file in shared if readers.get(file.path, 0) > len(copies[file.path])]
+    orphaned = [file for file in shared if readers.get(file.path, 0) <= len(copies[file.path])]
+    own.sort(key=lambda file: _rank(file.owner, inventory, work or {}), reverse=True)
+    return _beyond_first([*left, *own, *orphaned])
+
+
+def _rank(owner: SnapshotId | None, inventory: Inventory, work: Mapping[SnapshotId, Work]) -> tuple[bool, Work]:
+    assert owner is not None
+    return owner in inventory.live, work.get(owner, Work())
+
+
+def _beyond_first(files: Sequence[SharedFile]) -> list[Duplicate]:
+    """Duplicates of what files before have; those of the last file first."""
+    covered = _Coverage()
+    found: list[list[Duplicate]] = []
+    for file in files:
+        of_file: list[Duplicate] = []
+        for piece in file.pieces:
+            shift = piece.logical - piece.physical
+            for start, end in covered.add(piece.physical, piece.physical + piece.length):
+                one = _whole_pages(start + shift, end + shift)
+                if one is not None:
+                    of_file.append(Duplicate(file.path, file.owner, *one))
+        found.append(_joined(of_file))
+    return [one for of_file in reversed(found) for one in of_file]
+
+
+def _whole_pages(start: int, end: int) -> Run | None:
+    start, end = -(-start // PAGE) * PAGE, end // PAGE * PAGE
+    return Run(start, end) if start < end else None
+
+
+def _joined(found: Iterable[Duplicate]) -> list[Duplicate]:
+    joined: list[Duplicate] = []
+    for one in sorted(found, key=lambda one: one.start):
+        if joined and joined[-1].end == one.start:
+            joined[-1] = joined[-1]._replace(end=one.end)
+        else:
+            joined.append(one)
+    return joined
+
+
+class _Coverage:
+    """Disjoint ranges of the disk."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+
+    def add(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Cover a range; returns those parts of it that were covered already."""
+        known: list[tuple[int, int]] = []
+        at = max(0, bisect_left(self._ranges, (start,)) - 1)
+        while at < len(self._ranges) and self._ranges[at][0] < end:
+            low, high = max(start, self._ranges[at][0]), min(end, self._ranges[at][1])
+            if low < high:
+                known.append((low, high))
+            at += 1
+        position = start
+        for low, high in [*known, (end, end)]:
+            if position < low:
+                insort(self._ranges, (position, low))
+            position = high
+        return known
+
+
+class _Index:
+    """Which of some files has a block."""
+
+    def __init__(self, files: Iterable[SharedFile]) -> None:
+        pieces = sorted(
+            (piece.physical, piece.physical + piece.length, file.path) for file in files for piece in file.pieces
+        )
+        self._starts = [piece[0] for piece in pieces]
+        self._pieces = pieces
+
+    def paths_of(self, file: SharedFile) -> Iterator[str]:
+        """The files that have blocks of this one."""
+        for piece in file.pieces:
+            at = max(0, bisect_right(self._starts, piece.physical) - 1)
+            while at < len(self._pieces) and self._pieces[at][0] < piece.physical + piece.length:
+                if self._pieces[at][1] > piece.physical:
+                    yield self._pieces[at][2]
+                at += 1
+
+
+def _own_files(inventory: Inventory) -> Iterator[SharedFile]:
+    for one in inventory.containers:
+        for path, _ in regular_files(inventory.places.own_files(one.snapshot)):
+            pieces = shared_pieces(path)
+            if pieces:
+                yield SharedFile(path, one.snapshot, pieces)
+
+
+def _shared_files(inventory: Inventory, own: Sequence[SharedFile]) -> Iterator[SharedFile]:
+    """Files of the images that share blocks with something. Of all images: a deduplicated file may have any origin."""
+    paths = {inventory.places.object_file(digest) for found in inventory.objects.values() for digest in found}
+    for layer in inventory.layers():
+        directory = inventory.places.layer_files(layer)
+        if directory is not None:
+            paths.update(path for path, _ in regular_files(directory))
+    for path in paths:
+        pieces = shared_pieces(path) if path else []
+        if path and pieces:
+            yield SharedFile(path, None, pieces)
+
+
+def _live_readers(inventory: Inventory) -> dict[str, int]:
+    readers: dict[str, int] = defaultdict(int)
+    for chain, containers in inventory.live_chains().items():
+        for digest in inventory.objects_of(chain):
+            readers[inventory.places.object_file(digest) or ""] += containers
+        for layer in chain:
+            directory = inventory.places.layer_files(layer)
+            for path, _ in regular_files(directory) if directory else ():
+                readers[path] += containers
+    return readers
+
+
+def shared_pieces(path: str) -> list[Piece]:
+    """What of a file is cached, clean, and in blocks that it shares."""
+    with opened(path) as fd:
+        if fd is None:
+            return []
+        counts = count_open(fd)
+        if not counts.cached:
+            return []
+        extents = [extent for extent in fiemap.extents(fd) if _is_shareable(extent)]
+        if not extents:
+            return []
+        runs = resident(fd)
+        if counts.dirty or counts.writeback:
+            runs = [clean for run in runs for clean in clean_parts(fd, run)]
+        return list(_pieces(extents, runs))
+
+
+def _is_shareable(extent: fiemap.Extent) -> bool:
+    return extent.shared and extent.placed and not extent.flags & fiemap.FIEMAP_EXTENT_UNWRITTEN
+
+
+def _pieces(extents: Sequence[fiemap.Extent], runs: Sequence[Run]) -> Iterator[Piece]:
+    """Where both are; each is in order."""
+    at = 0
+    for extent in extents:
+        while at < len(runs) and runs[at].end <= extent.logical:
+            at += 1
+        here = at
+        while here < len(runs) and runs[here].start < extent.end:
+            start, end = max(extent.logical, runs[here].start), min(extent.end, runs[here].end)
+            yield Piece(start, extent.physical + start - extent.logical, end - start)
+            here += 1
+
+
+def clean_parts(fd: int, run: Run) -> Iterator[Run]:
+    """The parts of a run in which nothing is dirty or being written.
+
+    XFS shows a block that was written to, but is not on the disk yet, at its old place: such pages are no duplicates.
+    """
+    counted = cachestat(fd, run.start, run.end - run.start)
+    if not counted.dirty and not counted.writeback:
+        yield run
+    elif run.end - run.start > _GRAIN:
+        middle = (run.start + run.end) // 2 // PAGE * PAGE
+        yield from clean_parts(fd, Run(run.start, middle))
+        yield from clean_parts(fd, Run(middle, run.end))
+
+
+class SameFiles(NamedTuple):
+    """Files with the same contents, each wholly cached; `size` bytes each."""
+
+    digest: ObjectDigest
+    size: int
+    paths: Sequence[str]
+
+    @property
+    def wasted(self) -> int:
+        return self.size * (len(self.paths) - 1)
+
+
+def same_files(tops: Iterable[Path]) -> list[SameFiles]:
+    """Files below directories that are wholly cached and have the same contents, the most wasteful first.
+
+    Reads them, but only from the cache: what is not cached is not cached twice.
+    """
+    by_size: dict[int, list[str]] = defaultdict(list)
+    for top in tops:
+        for path, status in regular_files(top):
+            if status.st_size >= _WHOLE_FROM:
+                by_size[status.st_size].append(path)
+    found = []
+    for size, paths in by_size.items():
+        by_digest: dict[bytes, list[str]] = defaultdict(list)
+        for path in paths if len(paths) > 1 else ():
+            digest = _digest_of_cached(path, size)
+            if digest is not None:
+                by_digest[digest].append(path)
+        found += [SameFiles(ObjectDigest(one), size, same) for one, same in by_digest.items() if len(same) > 1]
+    return sorted(found, key=lambda one: -one.wasted)
+
+
+def _digest_of_cached(path: str, size: int) -> bytes | None:
+    with opened(path) as fd:
+        if fd is None or count_open(fd).cached < size:
+            return None
+        return blake3().update_mmap(f"/proc/self/fd/{fd}").digest()
+
+
+def directories(inventory: Inventory) -> list[Path]:
+    """Where an inventory's files lie that are not objects."""
+    layers = [inventory.places.layer_files(layer) for layer in sorted(inventory.layers())]
+    own = [inventory.places.own_files(one.snapshot) for one in inventory.containers]
+    return [path for path in (*layers, *own) if path is not None]

@@ -1,0 +1,159 @@
+"""What a container of an image reads while it starts: parts of the image's map, and of its objects.
+
+As JSON, because it travels with images and is read by others than its maker:
+
+    {"version": 1, "cold": true, "seconds": 12.5, "map": {"size": …, "ranges": [[start, length], …]},
+     "objects": [{"digest": "…64 hexadecimal digits", "ranges": [[start, length], …]}, …]}
+
+Objects stand in the order in which they lie on the disk of the machine that stored the profile. A profile holds for
+contents, not for names: objects are named by digest, so one that the image no longer has is passed over; ranges of a
+map of another size are too. The worst that a false profile can do is to have some of the image's own files read ahead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import msgspec
+
+from hpmapper.cache.count import opened
+from hpmapper.cache.places import Places
+from hpmapper.errors import Corrupt
+from hpmapper.kernel import fiemap
+from hpmapper.kernel.mincore import Run
+from hpmapper.model import ObjectDigest
+
+VERSION = 1
+
+MAX_BYTES = 8 << 20
+"""Of a profile. A hundred thousand files have room in it."""
+
+_Offset = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+_Range = tuple[_Offset, _Offset]
+
+
+class _Part(msgspec.Struct):
+    ranges: list[_Range]
+
+
+class _MapPart(_Part):
+    size: _Offset
+
+
+class _ObjectPart(_Part):
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Document(msgspec.Struct):
+    version: int
+    map: _MapPart
+    objects: list[_ObjectPart]
+    cold: bool = True
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """See the module's text.
+
+    Attributes:
+        map_size: bytes of the map that `map` is about; 0: none.
+        cold: whether little of the image was cached when it was recorded. If not, it has whole files where the start
+            read parts of them.
+        seconds: how long was watched.
+    """
+
+    map_size: int
+    map: tuple[Run, ...]
+    objects: tuple[tuple[ObjectDigest, tuple[Run, ...]], ...]
+    cold: bool = True
+    seconds: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes that it would have read."""
+        return _bytes(self.map) + sum(_bytes(runs) for _, runs in self.objects)
+
+    def restricted(self, digests: Container[ObjectDigest]) -> Profile:
+        """Without the objects that are not among these."""
+        return replace(self, objects=tuple(one for one in self.objects if one[0] in digests))
+
+    def encode(self) -> bytes:
+        """As it is stored."""
+        return msgspec.json.encode(
+            _Document(
+                VERSION,
+                _MapPart(_ranges(self.map), self.map_size),
+                [_ObjectPart(_ranges(runs), digest.hex()) for digest, runs in self.objects],
+                self.cold,
+                self.seconds,
+            )
+        )
+
+
+def decode(data: bytes, what: str) -> Profile:
+    """Read a profile; `what` names it in errors.
+
+    Raises:
+        Corrupt: it is none, or a later version's.
+    """
+    if len(data) > MAX_BYTES:
+        raise Corrupt(f"{what} has {len(data)} bytes, more than the {MAX_BYTES} allowed")
+    try:
+        found = msgspec.json.decode(data, type=_Document)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Corrupt(f"{what} is not valid: {error}") from error
+    if found.version != VERSION:
+        raise Corrupt(f"{what} has version {found.version}", hint=f"this hpmapper reads version {VERSION}")
+    objects = ((ObjectDigest(bytes.fromhex(one.digest)), _runs(one)) for one in found.objects)
+    return Profile(found.map.size, _runs(found.map), tuple(objects), found.cold, found.seconds)
+
+
+def in_disk_order(profile: Profile, places: Places) -> Profile:
+    """With its objects as they lie on this machine's disk; those that are not here are left out."""
+    placed = []
+    for digest, runs in profile.objects:
+        with opened(places.object_file(digest) or "") as fd:
+            if fd is not None and runs:
+                placed.append((_physical(fd, runs[0].start), digest, runs))
+    placed.sort(key=lambda one: one[0])
+    return replace(profile, objects=tuple((digest, runs) for _, digest, runs in placed))
+
+
+def _physical(fd: int, start: int) -> int:
+    extent = next(fiemap.extents(fd, start), None)
+    return extent.physical if extent is not None and extent.placed else 0
+
+
+def joined(runs: Sequence[Run], gap: int) -> tuple[Run, ...]:
+    """Runs, those less than `gap` bytes apart as one: reading a little too much is cheaper than asking twice."""
+    result: list[Run] = []
+    for run in runs:
+        if result and run.start - result[-1].end < gap:
+            result[-1] = Run(result[-1].start, run.end)
+        else:
+            result.append(run)
+    return tuple(result)
+
+
+def file_size(path: str | os.PathLike[str]) -> int:
+    """The file's size, 0 if it is gone."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _bytes(runs: Iterable[Run]) -> int:
+    return sum(run.end - run.start for run in runs)
+
+
+def _ranges(runs: Iterable[Run]) -> list[_Range]:
+    return [(run.start, run.end - run.start) for run in runs]
+
+
+def _runs(part: _Part) -> tuple[Run, ...]:
+    return tuple(Run(start, start + length) for start, length in part.ranges)

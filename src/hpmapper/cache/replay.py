@@ -1,0 +1,125 @@
+"""Reading ahead what a start will read, in one sweep in the order of the disk."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from hpmapper.cache.count import count_open, opened
+from hpmapper.cache.places import Places
+from hpmapper.cache.profile import Profile, file_size
+from hpmapper.kernel import lock
+from hpmapper.kernel.mincore import Run
+from hpmapper.model import ObjectDigest
+
+_THREADS = 8
+"""Files opened at a time: opening a cold one waits for its inode, and the others need not wait with it."""
+
+_FREE_SHARE = 0.5
+"""Of the memory that is available; what would push other things out of the cache is left to the start itself."""
+
+_SAMPLES = 16
+
+
+class Swept(NamedTuple):
+    """Files and bytes asked for; `skipped`: bytes for which there was no room."""
+
+    files: int
+    bytes: int
+    skipped: int
+
+
+def sweep(profile: Profile, places: Places, map_file: Path | None, budget: int | None = None) -> Swept:
+    """Have the kernel read it all, as far as `budget` bytes go (None: half of the available memory).
+
+    Does nothing if it is cached, or if another process is just reading the same image ahead: ten containers that start
+    at once need one sweep.
+    """
+    room = available_memory() * _FREE_SHARE if budget is None else budget
+    paths = _within(list(_paths(profile, places, map_file)), room)
+    lock, done = threading.Lock(), iter(paths)
+
+    def work() -> int:
+        files = 0
+        while True:
+            with lock:  # taken in order, so that the disk's order holds
+                one = next(done, None)
+            if one is None:
+                return files
+            files += _read_ahead(*one)
+
+    with _alone(map_file) as alone:
+        if not alone or is_cached(profile, places):
+            return Swept(0, 0, 0)
+        with ThreadPoolExecutor(_THREADS, "read-ahead") as threads:
+            files = sum(threads.map(lambda _: work(), range(_THREADS)))
+    asked = sum(run.end - run.start for _, runs in paths for run in runs)
+    return Swept(files, asked, profile.size - asked)
+
+
+@contextmanager
+def _alone(map_file: Path | None) -> Iterator[bool]:
+    """Whether nobody else is at the same image; then nobody else will be, meanwhile."""
+    with opened(map_file or "") as fd, ExitStack() as stack:
+        try:
+            if fd is not None:
+                stack.enter_context(lock.exclusive(fd, timeout=0))
+            alone = True
+        except BlockingIOError:
+            alone = False
+        yield alone
+
+
+def is_cached(profile: Profile, places: Places) -> bool:
+    """Whether it is in the cache already, told from a few of its files: then a sweep would only cost time."""
+    step = max(1, len(profile.objects) // _SAMPLES)
+    chosen = profile.objects[::step]
+    return bool(chosen) and all(_is_file_cached(places, digest, runs) for digest, runs in chosen)
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping (MemAvailable, proc_meminfo(5))."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _paths(profile: Profile, places: Places, map_file: Path | None) -> Iterator[tuple[str, tuple[Run, ...]]]:
+    """The map first: without names nothing is found. Another map than the recorded one is left alone."""
+    if map_file is not None and profile.map_size and file_size(map_file) == profile.map_size:
+        yield str(map_file), profile.map
+    for digest, runs in profile.objects:
+        path = places.object_file(digest)
+        if path is not None:
+            yield path, runs
+
+
+def _within(paths: list[tuple[str, tuple[Run, ...]]], room: float) -> list[tuple[str, tuple[Run, ...]]]:
+    kept = []
+    for path, runs in paths:
+        room -= sum(run.end - run.start for run in runs)
+        if room < 0:
+            break
+        kept.append((path, runs))
+    return kept
+
+
+def _read_ahead(path: str, runs: tuple[Run, ...]) -> int:
+    with opened(path) as fd:
+        if fd is None or not runs:
+            return 0
+        for start, end in runs:
+            os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
+        return 1
+
+
+def _is_file_cached(places: Places, digest: ObjectDigest, runs: tuple[Run, ...]) -> bool:
+    with opened(places.object_file(digest) or "") as fd:
+        return fd is not None and count_open(fd).cached >= sum(run.end - run.start for run in runs)
