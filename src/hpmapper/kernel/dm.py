@@ -189,7 +189,7 @@ def resume(name: str) -> Device:
     with dmudev.cookie() as event:
         answer = _call(_CMD_SUSPEND, name, event=event.value)
         event.sent = bool(answer.flags & _UEVENT)
-    _make_node(answer.device)
+    make_node(answer.device)
     return answer.device
 
 
@@ -221,6 +221,8 @@ def remove(name: str, *, deferred: bool = False) -> bool:
         _remove_node(name)
         return True
     if answer.flags & _DEFERRED_REMOVE:
+        if not dmudev.is_running():
+            _remove_node(name)  # nobody else will, once it is gone
         return False
     _remove_node(name)
     return True
@@ -353,8 +355,8 @@ def _number(huge: int) -> int:
     return os.makedev(huge >> 8 & 0xFFF, huge & 0xFF | huge >> 12 & 0xFFF00)
 
 
-def _make_node(device: Device) -> None:
-    """Make /dev/mapper/NAME where udev has not: a container's own /dev, or a host without udev."""
+def make_node(device: Device) -> None:
+    """Make /dev/mapper/NAME of an active device where udev has not: a container's own /dev, or a host without udev."""
     node = path(device.name)
     try:
         if os.stat(node).st_rdev == device.number:
