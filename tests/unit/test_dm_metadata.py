@@ -23,16 +23,13 @@ Mappings = dict[int, int]
 
 
 def _xml(devices: dict[int, Mappings], *, transaction: int = 7, blocks: int = 100_000) -> str:
-    lines = [
-        f'<superblock uuid="" time="1" transaction="{transaction}" data_block_size="128" nr_data_blocks="{blocks}">'
-    ]
+    sizes = f'data_block_size="128" nr_data_blocks="{blocks}"'
+    lines = [f'<superblock uuid="" time="1" transaction="{transaction}" {sizes}>']
+    made = 'transaction="3" creation_time="0" snap_time="1"'
     for device, mappings in devices.items():
-        lines.append(
-            f'<device dev_id="{device}" mapped_blocks="{len(mappings)}" transaction="3" creation_time="0" snap_time="1">'
-        )
-        lines += [
-            f'<single_mapping origin_block="{b}" data_block="{d}" time="0"/>' for b, d in sorted(mappings.items())
-        ]
+        lines.append(f'<device dev_id="{device}" mapped_blocks="{len(mappings)}" {made}>')
+        for block, data in sorted(mappings.items()):
+            lines.append(f'<single_mapping origin_block="{block}" data_block="{data}" time="0"/>')
         lines.append("</device>")
     return "\n".join([*lines, "</superblock>"])
 

@@ -29,7 +29,7 @@ def test_a_pool_at_work() -> None:
 @pytest.mark.parametrize(
     ("line", "mode", "takes", "check"),
     [
-        ("1 10/64 100/100 - out_of_data_space discard_passdown queue_if_no_space - 16", "out_of_data_space", True, False),
+        ("1 10/64 9/9 - out_of_data_space discard_passdown queue_if_no_space - 16", "out_of_data_space", True, False),
         ("1 64/64 10/100 - ro no_discard_passdown queue_if_no_space needs_check 16", "ro", False, True),
         ("1 10/64 10/100 - ro ignore_discard error_if_no_space - 16", "ro", False, False),
         ("Fail", "Fail", False, True),
@@ -66,7 +66,8 @@ def test_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "mapped", "failed"), [("256 511", 256, False), ("0 -", 0, False), ("-", 0, False), ("Fail", 0, True), ("Error", 0, True)]
+    ("line", "mapped", "failed"),
+    [("256 511", 256, False), ("0 -", 0, False), ("-", 0, False), ("Fail", 0, True), ("Error", 0, True)],
 )  # fmt: skip
 def test_thin_devices(line: str, mapped: int, failed: bool) -> None:
     assert parse_thin_status(line) == (mapped, failed)
