@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from hpmapper.drivers.registry import DRIVERS, POOL_OPTIONS, Registered, by_name, nearest
+from hpmapper.drivers.registry import DRIVERS, POOL_OPTIONS, REPEATABLE, Registered, by_name, nearest
 from hpmapper.errors import InvalidArgument, NotFound
 from hpmapper.kernel.fs import filesystem_name
 from hpmapper.pool.base import PoolConfig, PoolFs, PoolKind, parse_size
@@ -43,7 +43,7 @@ class Config:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def with_options(self, words: tuple[str, ...] | list[str]) -> Config:
-        """With "NAME=VALUE" words added; the last of a name counts.
+        """With "NAME=VALUE" words added; the last of a name counts, of a repeatable one all.
 
         Raises:
             InvalidArgument: malformed or unknown.
@@ -53,7 +53,8 @@ class Config:
             name, equals, value = word.partition("=")
             if not equals:
                 raise InvalidArgument(f"storage option {word!r} has no value", hint="write NAME=VALUE")
-            options[_known(name)] = value
+            known = _known(name)
+            options[known] = f"{options[known]}\n{value}" if known in REPEATABLE and known in options else value
         return replace(self, options=options)
 
     def pool(self, registered: Registered | None = None) -> PoolConfig:
@@ -104,7 +105,8 @@ def _one_of(kind: type[_Choice], text: str, option: str) -> _Choice:
 
 def _known(name: str) -> str:
     known = {*POOL_OPTIONS, *(option for driver in DRIVERS for option in driver.options)}
-    bare = name.removeprefix("hpmapper.")
+    bare = name.strip().removeprefix("hpmapper.")
+    bare = bare.lower() if bare.lower().startswith("dm.") else bare  # as Docker's devicemapper driver took it
     if bare not in known:
         raise InvalidArgument(f"there is no storage option {name!r}", hint=nearest(bare, known))
     return bare

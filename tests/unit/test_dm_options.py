@@ -144,7 +144,7 @@ def test_what_depends_on_something_else() -> None:
 def test_a_containers_size() -> None:
     assert container_size({}, 10 * _GIB) == 10 * _GIB
     assert container_size({"size": "120G"}, 10 * _GIB) == 120 * _GIB
-    with pytest.raises(InvalidArgument, match="devmapper: Container size cannot be smaller than 10[.]74GB"):
+    with pytest.raises(InvalidArgument, match=r"devmapper: Container size cannot be smaller than 10\.74GB"):
         container_size({"size": "5G"}, 10 * _GIB)
     with pytest.raises(InvalidArgument, match="Unknown option colour"):
         container_size({"colour": "red"}, 10 * _GIB)

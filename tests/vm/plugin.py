@@ -123,6 +123,8 @@ class Guests:
     def _take(self, line: dict[str, Any]) -> None:
         if "report" in line:
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=line["report"])
+            if isinstance(report.longrepr, list):  # of a skipped test: JSON knows no tuples
+                report.longrepr = tuple(report.longrepr)
             self._seen.setdefault(report.nodeid, []).append(report)
         else:
             self._remarks.append(": ".join(str(value) for value in line.values()))

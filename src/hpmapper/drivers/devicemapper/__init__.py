@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from hpmapper.drivers.devicemapper.driver import DeviceMapperDriver
-from hpmapper.drivers.devicemapper.options import NAMES, Options, parse
+from hpmapper.drivers.devicemapper.options import NAMES, REPEATABLE, Options, parse
 
-__all__ = ["NAMES", "DeviceMapperDriver", "Options", "parse"]
+__all__ = ["NAMES", "REPEATABLE", "DeviceMapperDriver", "Options", "parse"]

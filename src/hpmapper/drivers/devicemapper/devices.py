@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hpmapper import faults
@@ -322,9 +322,7 @@ class Devices:
 
     def _snapshot(self, record: Record, origin: Record, parent: SnapshotId | None) -> None:
         name = self._base_name if parent is None else self.name(parent)
-        # The file system on an active origin is frozen meanwhile, or the copy would be one of a moment of work.
-        quiet = dm.suspended(name) if dm.find(name) is not None else nullcontext()
-        with quiet:
+        with _quiet(name):
             try:
                 thin.snapshot(self.pool, record.device, origin.device)
             except OSError as error:
@@ -587,3 +585,24 @@ class Devices:
     def _locked(self) -> Iterator[None]:
         with lock.exclusive(self.home / "pool.lock"):
             yield
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """If a device is active, have it suspended with its file system frozen: a copy of it is one of a quiet moment."""
+    with _gone_is_fine():  # it may be let go by its last user at any time
+        dm.suspend(name)
+    try:
+        yield
+    finally:
+        with _gone_is_fine():
+            dm.resume(name)
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise

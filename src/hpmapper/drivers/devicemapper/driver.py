@@ -21,7 +21,17 @@ from typing import BinaryIO
 
 from hpmapper import faults
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Problem, Progress, Stored
+from hpmapper.drivers.base import (
+    Capabilities,
+    Chain,
+    ChainBelow,
+    Ingested,
+    MountSpec,
+    Problem,
+    Progress,
+    Stored,
+    bind_spec,
+)
 from hpmapper.drivers.devicemapper import info, thin
 from hpmapper.drivers.devicemapper.devices import CONTENTS, Devices
 from hpmapper.drivers.devicemapper.options import Options
@@ -187,6 +197,12 @@ class DeviceMapperDriver(directory.DirectoryLayers):
             mount.bind(whole / CONTENTS, root, read_only=read_only)
         finally:
             mount.umount(whole)
+
+    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+        return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
+
+    def is_untouched(self, snapshot: SnapshotId) -> bool:
+        return False
 
     def unmount(self, snapshot: SnapshotId) -> None:
         root = self.root(snapshot)

@@ -107,7 +107,8 @@ class Options:
 
 
 def parse(words: Iterable[tuple[str, str]]) -> Options:
-    """Options of (name, value) pairs in the order given: the last counts, but mkfsarg and mountopt add up.
+    """Options of (name, value) pairs in the order given: the last counts, but mkfsarg and mountopt add up (also as
+    lines of one value).
 
     Raises:
         InvalidArgument: unknown, malformed, or at odds with another; in Docker's words where it had some.
@@ -118,7 +119,8 @@ def parse(words: Iterable[tuple[str, str]]) -> Options:
         setter = _SETTERS.get(key)
         if setter is None:
             raise InvalidArgument(f"devmapper: Unknown option {key}", hint=f"known are {', '.join(NAMES)}")
-        options = setter(options, value.strip())
+        for one in value.split("\n") if key in REPEATABLE else [value]:
+            options = setter(options, one.strip())
     return _checked(options)
 
 
