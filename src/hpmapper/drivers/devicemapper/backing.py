@@ -2,9 +2,10 @@
 
     loop     data and metadata in the driver's directory: for trying out
     raw      dm.datadev and dm.metadatadev
-    given    dm.thinpooldev: LVM's, or any other; also what dm.directlvm_device has made
+    given    dm.thinpooldev: somebody else makes and activates it
+    lvm      dm.directlvm_device: made here by LVM's tools, and LVM's from then on
 
-The block size of a pool is for life, and so is where it lies: both are in the records.
+Where a pool lies is for life. The records keep it, so that no command needs to be told again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from hpmapper import faults
-from hpmapper.drivers.devicemapper import thin
+from hpmapper.drivers.devicemapper import lvm, thin
 from hpmapper.drivers.devicemapper.options import Options
+from hpmapper.drivers.devicemapper.records import DeviceSet
 from hpmapper.drivers.devicemapper.units import human_size
 from hpmapper.errors import FailedPrecondition, InvalidArgument, NotFound
 from hpmapper.kernel import dm, fs, loop, sync
@@ -131,9 +133,9 @@ class Loop(_Made):
 class Raw(_Made):
     """Two block devices of the operator's."""
 
-    def __init__(self, pool: str, options: Options) -> None:
+    def __init__(self, pool: str, devices: Devices) -> None:
         super().__init__(pool)
-        self._devices = Devices(Path(options.datadev), Path(options.metadatadev))
+        self._devices = devices
 
     def files(self) -> None:
         return None
@@ -163,6 +165,8 @@ class Given:
     ours = False
 
     def __init__(self, pool: str) -> None:
+        if dm.DIRECTORY / pool != Path(os.path.normpath(dm.DIRECTORY / pool)) or "/" in pool:
+            raise InvalidArgument(f"dm.thinpooldev cannot be {pool!r}", hint="the name of a device in /dev/mapper")
         self.pool = pool
 
     def files(self) -> None:
@@ -174,13 +178,65 @@ class Given:
         )
 
 
-def choose(home: Path, prefix: str, options: Options) -> Loop | Raw | Given:
-    """The backing that the options ask for."""
-    if options.thinpooldev:
-        return Given(options.thinpooldev)
-    if options.datadev:
-        return Raw(f"{prefix}-pool", options)
+class Lvm(Given):
+    """A pool that LVM's tools made here, out of a device; LVM activates it after a reboot, or is told to."""
+
+    def __init__(self, home: Path, options: Options) -> None:
+        super().__init__(lvm.POOL)
+        self._home = home
+        self._options = options
+
+    def bring_up(self, block: int, *, first: bool) -> None:
+        if first:
+            lvm.set_up(self._home, self._options.directlvm)
+        lvm.activate()
+
+
+AnyBacking = Loop | Raw | Given
+
+
+def planned(options: Options, base_fs: str) -> DeviceSet:
+    """What is to be set up, as the options say."""
+    kind = "given" if options.thinpooldev else "raw" if options.datadev else "loop"
+    return DeviceSet(
+        kind="lvm" if options.directlvm.device else kind,
+        block=options.blocksize,
+        base_size=options.basesize,
+        base_fs=base_fs,
+        pool=options.thinpooldev,
+        datadev=options.datadev,
+        metadatadev=options.metadatadev,
+    )
+
+
+def of(known: DeviceSet, home: Path, prefix: str, options: Options) -> AnyBacking:
+    """The backing of a pool as it was set up.
+
+    Raises:
+        FailedPrecondition: the options ask for another one.
+    """
+    _require_same(known, planned(options, known.base_fs), options, home)
+    if known.kind == "lvm":
+        return Lvm(home, options)
+    if known.kind == "given":
+        return Given(known.pool)
+    if known.kind == "raw":
+        return Raw(f"{prefix}-pool", Devices(Path(known.datadev), Path(known.metadatadev)))
     return Loop(home, f"{prefix}-pool", options)
+
+
+def _require_same(known: DeviceSet, wanted: DeviceSet, options: Options, home: Path) -> None:
+    if known.kind == "lvm":
+        lvm.require_same(home, options.directlvm)
+    if wanted.kind == "loop":
+        return  # nobody said anything
+    asked = (wanted.kind, wanted.pool, wanted.datadev, wanted.metadatadev)
+    if asked != (known.kind, known.pool, known.datadev, known.metadatadev):
+        where = {"given": known.pool, "raw": known.datadev, "lvm": lvm.POOL, "loop": "sparse files"}[known.kind]
+        raise FailedPrecondition(
+            f"this root was set up on {where}, not on {wanted.pool or wanted.datadev or options.directlvm.device}",
+            hint="leave the options of the pool out: they are remembered; or name another --root",
+        )
 
 
 def reload(pool: str) -> thin.PoolStatus:

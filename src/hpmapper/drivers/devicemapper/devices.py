@@ -48,6 +48,7 @@ class Devices:
         self.records = Records(home)
         self._prefix = ""
         self._set: DeviceSet | None = None
+        self._backing: backing.AnyBacking | None = None
 
     # The pool.
 
@@ -60,9 +61,11 @@ class Devices:
         return self._prefix
 
     @property
-    def backing(self) -> backing.Loop | backing.Raw | backing.Given:
+    def backing(self) -> backing.AnyBacking:
         """What the pool lies on."""
-        return backing.choose(self.home, self.prefix, self.options)
+        if self._backing is None:
+            self._backing = backing.of(self.device_set, self.home, self.prefix, self.options)
+        return self._backing
 
     @property
     def pool(self) -> str:
@@ -93,28 +96,30 @@ class Devices:
 
     def _is_up(self) -> bool:
         """Whether the pool is active and has been looked at since."""
-        return dm.find(self.pool) is not None and self._seen.exists() and self.device_set.initialized
+        if self._set is None:
+            self._set = self.records.device_set()
+        if self._set is None or not self._set.initialized:
+            return False
+        return dm.find(self.pool) is not None and self._seen.exists()
 
     @property
     def _seen(self) -> Path:
         """A mark that ends with the machine's run: that the pool was audited after it had come up."""
-        return Path("/run/hpmapper-devicemapper", self.pool)
+        return Path("/run/hpmapper-devicemapper", f"{self.prefix}-{self.pool}")
 
     def _bring_up(self) -> None:
-        known = self.records.device_set()
-        if known is None:
-            known = DeviceSet(self.pool, self.options.blocksize, self.options.basesize, basefs.choose(self.options.fs))
-            self._first_time(known)
-        elif known.pool != self.pool:
-            raise FailedPrecondition(
-                f"this root was set up on thin pool {known.pool}, not {self.pool}",
-                hint="name the pool it had, or another --root",
-            )
-        elif dm.find(self.pool) is None:
-            self.backing.bring_up(known.block, first=not known.initialized and self.backing.ours)
-        self._set = known
+        if self._set is None or (not self._set.initialized and self.options.names_a_pool):
+            # The intent first: an attempt that was cut short, or refused, is known for one.
+            self._set = backing.planned(self.options, basefs.choose(self.options.fs))
+            self._backing = None
+            self._refuse_used()
+            self.records.remember(self._set)
+            faults.point("dm.set-recorded")
+        first = not self._set.initialized
+        if dm.find(self.pool) is None:
+            self.backing.bring_up(self._set.block, first=first)
         self._require_writable()
-        if not known.initialized:
+        if first:
             self._make_base()
         else:
             self._verify_base()
@@ -122,23 +127,23 @@ class Devices:
         self._seen.parent.mkdir(mode=0o700, exist_ok=True)
         self._seen.touch()
 
-    def _first_time(self, planned: DeviceSet) -> None:
-        """Bring the pool up for the first time, and write the intent down once it is known to be free."""
-        if dm.find(self.pool) is None:
-            self.backing.bring_up(planned.block, first=True)
-        status, table = thin.pool_status(self.pool), thin.pool_table(self.pool)
-        if status.data_used:
+    def _refuse_used(self) -> None:
+        """Somebody else's pool is taken only when it is empty, and his.
+
+        Raises:
+            NotFound: it is not there. FailedPrecondition: it is in use.
+        """
+        if self.device_set.kind != "given":
+            return
+        status = thin.pool_status(self.pool)
+        used = "that already has used data blocks" if status.data_used else ""
+        used = used or ("with non-zero transaction ID" if status.transaction else "")
+        if used:
+            self._set = self._backing = None
             raise FailedPrecondition(
-                f"devmapper: Unable to take ownership of thin-pool ({self.pool}) that already has used data blocks",
+                f"devmapper: Unable to take ownership of thin-pool ({self.options.thinpooldev}) {used}",
                 hint="name an empty pool",
             )
-        if status.transaction:
-            raise FailedPrecondition(
-                f"devmapper: Unable to take ownership of thin-pool ({self.pool}) with non-zero transaction ID",
-                hint="name an empty pool",
-            )
-        self.records.remember(dataclasses.replace(planned, block=table.block * dm.SECTOR))
-        faults.point("dm.set-recorded")
 
     def _require_writable(self) -> None:
         status = thin.pool_status(self.pool)
@@ -156,7 +161,7 @@ class Devices:
         Raises:
             FailedPrecondition: a device is in use.
         """
-        if not self.home.exists():
+        if self.records.device_set() is None:
             return
         with self._locked():
             for name in sorted(dm.devices()):
@@ -165,12 +170,12 @@ class Devices:
             if self.backing.ours:
                 self._deactivate(self.pool)
             self._seen.unlink(missing_ok=True)
-            self._set = None
+            self._set = self._backing = None
 
     # The base device.
 
     def _make_base(self) -> None:
-        planned = self.device_set
+        planned = dataclasses.replace(self.device_set, block=thin.pool_table(self.pool).block * dm.SECTOR)
         self._deactivate(self._base_name)
         thin.delete(self.pool, BASE)
         thin.create(self.pool, BASE)
@@ -181,7 +186,9 @@ class Devices:
                 (top / CONTENTS).mkdir(parents=True)
                 (top / CONTENTS).chmod(0o755)
             found = basefs.signature(device)
-        thin.set_transaction(self.pool, thin.pool_status(self.pool).transaction, 1)
+        present = thin.pool_status(self.pool).transaction
+        if present != 1:  # else this was cut short before
+            thin.set_transaction(self.pool, present, 1)
         self._set = dataclasses.replace(planned, base_uuid=found.uuid, initialized=True, transaction=1)
         self.records.remember(self._set)
         faults.point("dm.base-recorded")
@@ -322,7 +329,7 @@ class Devices:
 
     def _snapshot(self, record: Record, origin: Record, parent: SnapshotId | None) -> None:
         name = self._base_name if parent is None else self.name(parent)
-        with _quiet(name):
+        with self._quiet(origin, parent, name):
             try:
                 thin.snapshot(self.pool, record.device, origin.device)
             except OSError as error:
@@ -331,6 +338,15 @@ class Devices:
                 # Nobody's: the records were asked, and this one is new.
                 self._delete_unknown(record.device)
                 thin.snapshot(self.pool, record.device, origin.device)
+
+    @contextmanager
+    def _quiet(self, origin: Record, parent: SnapshotId | None, name: str) -> Iterator[None]:
+        """If a device is active, have it suspended with its file system frozen; and have nobody mount it meanwhile."""
+        with ExitStack() as stack:
+            if parent is not None:
+                stack.enter_context(lock.exclusive(self._place(origin)))
+            with _suspended_if_active(name):
+                yield
 
     def _delete_unknown(self, device: int) -> None:
         if sum(known.device == device for _, _, known in self.records.everything()) > 1:
@@ -419,9 +435,8 @@ class Devices:
         """Have an active device stay, with the size and in the state that it should have."""
         if found.removing:
             dm.cancel_removal(found.name)
-        if found.suspended:
-            with self._locked():  # somebody takes a snapshot of it just now, or died when he did
-                dm.resume(found.name)
+        if found.suspended:  # whoever took a snapshot of it died meanwhile, for he had the lock that we have
+            dm.resume(found.name)
         if dm.table(found.name)[0].length != target.length:
             dm.load(found.name, [target])
             dm.suspend(found.name)
@@ -588,8 +603,7 @@ class Devices:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """If a device is active, have it suspended with its file system frozen: a copy of it is one of a quiet moment."""
+def _suspended_if_active(name: str) -> Iterator[None]:
     with _gone_is_fine():  # it may be let go by its last user at any time
         dm.suspend(name)
     try:

@@ -100,6 +100,11 @@ class Options:
         """As `deferred_removal`, without which it makes no sense."""
         return self.use_deferred_deletion is not False and self.deferred_removal
 
+    @property
+    def names_a_pool(self) -> bool:
+        """Whether something was said about where the pool is to lie."""
+        return bool(self.thinpooldev or self.datadev or self.directlvm.device)
+
     def mount_options(self) -> dict[str, str | None]:
         """`dm.mountopt` as the kernel's mount API takes it."""
         words = [word for word in self.mountopt.split(",") if word]

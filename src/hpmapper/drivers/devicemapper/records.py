@@ -50,17 +50,22 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSet:
-    """A pool as it was set up. Sizes in bytes.
+    """A pool as it was set up, for life. Sizes in bytes.
 
     Attributes:
+        kind: see `hpmapper.drivers.devicemapper.backing`.
+        pool, datadev, metadatadev: what was named, if anything: for kinds that have a name or devices.
         initialized: the base device has its file system.
         transaction: the pool's, when the last layer was recorded: an older pool has lost layers.
     """
 
-    pool: str
+    kind: str
     block: int
     base_size: int
     base_fs: str
+    pool: str = ""
+    datadev: str = ""
+    metadatadev: str = ""
     base_uuid: str = ""
     initialized: bool = False
     transaction: int = 0
