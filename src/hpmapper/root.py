@@ -22,6 +22,7 @@ from pathlib import Path
 from hpmapper import faults
 from hpmapper.config import Config
 from hpmapper.drivers import registry
+from hpmapper.drivers.base import Driver
 from hpmapper.drivers.registry import Registered
 from hpmapper.engine import Engine
 from hpmapper.errors import AlreadyExists, FailedPrecondition, HpmapperError, NotFound, Unsupported
@@ -119,6 +120,21 @@ def pool_of(config: Config) -> tuple[Database, Pool]:
     return db, open_pool(config.root, PoolConfig.from_dict(json.loads(stored)))
 
 
+def driver_of(config: Config) -> Driver:
+    """The root's driver, not attached.
+
+    Raises:
+        NotFound: there is no root.
+    """
+    with closing(_database(config, create=False)) as db:
+        name, stored = db.setting("driver"), db.setting("pool")
+    if name is None:
+        raise _missing(config)
+    registered = registry.by_name(name)
+    pool = PoolConfig.from_dict(json.loads(stored)) if stored else config.pool()
+    return registered.make(config.root, pool, config.own_options(registered))
+
+
 def remember_pool(db: Database, pool: PoolConfig) -> None:
     """Record a pool's settings: before it is made, and whenever they change."""
     db.set_setting("pool", json.dumps(pool.to_dict()))
@@ -211,6 +227,7 @@ def _remove_storage(config: Config, db: Database) -> None:
         driver = registered.make(config.root, pool_config, config.own_options(registered))
         _require_unused(driver.scratch)
         driver.detach()
+        registered.destroy(driver)
     if stored:
         open_pool(config.root, pool_config).destroy()
     if registered and not registered.needs_pool and (config.root / registered.name).exists():

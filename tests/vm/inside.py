@@ -26,6 +26,9 @@ MODULES = {
 """What each feature of `@pytest.mark.guest(FEATURE)` needs loaded."""
 
 
+_KERNEL_LINES = 60
+
+
 class Sender:
     """Sends reports (a pytest plugin)."""
 
@@ -65,7 +68,11 @@ def main() -> int:
     modules = sorted({module for feature in wanted["features"] for module in MODULES.get(feature, ())})
     subprocess.run(["modprobe", "-a", *modules], check=True)
     with _port("reports").open("w", encoding="ascii") as port:
-        return int(pytest.main(["-p", "no:cacheprovider", *wanted["arguments"]], plugins=[Loader(port)]))
+        status = int(pytest.main(["-p", "no:cacheprovider", *wanted["arguments"]], plugins=[Loader(port)]))
+        if status:
+            said = subprocess.run(["dmesg", "--notime"], capture_output=True, text=True, check=False).stdout
+            port.write(json.dumps({"kernel": "\n".join(said.splitlines()[-_KERNEL_LINES:])}) + "\n")
+    return status
 
 
 def _port(name: str) -> Path:

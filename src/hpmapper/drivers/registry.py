@@ -33,6 +33,7 @@ class Registered:
             several, one is enough.
         automatic: may be chosen without having been asked for.
         pool_fs: the file system that its pool must be; None: any.
+        destroy: undoes what it made outside its directory, once it is detached.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Registered:
     needs_pool: bool = False
     pool_fs: PoolFs | None = None
     automatic: bool = True
+    destroy: Callable[[Driver], None] = lambda driver: None
 
 
 DRIVERS = (
@@ -81,6 +83,7 @@ DRIVERS = (
         options=devicemapper.NAMES,
         repeatable=devicemapper.REPEATABLE,
         automatic=False,  # its pool is the operator's to think about
+        destroy=devicemapper.destroy,
     ),
     Registered("vfs", lambda root, pool, options: VfsDriver(root / "vfs"), needs=()),
 )

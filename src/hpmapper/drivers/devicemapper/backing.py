@@ -56,6 +56,9 @@ class Backing(Protocol):
     def files(self) -> Devices | None:
         """The backing files, if it has such."""
 
+    def metadata(self) -> Path:
+        """Where the metadata lies while the pool is not active."""
+
 
 class _Made:
     """A pool whose devices are known here and whose table is ours."""
@@ -91,6 +94,9 @@ class Loop(_Made):
 
     def files(self) -> Devices:
         return self._files
+
+    def metadata(self) -> Path:
+        return self._files.metadata
 
     def bring_up(self, block: int, *, first: bool) -> None:
         log.warning(LOOP_WARNING)
@@ -140,6 +146,9 @@ class Raw(_Made):
     def files(self) -> None:
         return None
 
+    def metadata(self) -> Path:
+        return self._devices.metadata
+
     def bring_up(self, block: int, *, first: bool) -> None:
         for path in self._devices:
             if not path.is_block_device():
@@ -171,6 +180,12 @@ class Given:
 
     def files(self) -> None:
         return None
+
+    def metadata(self) -> Path:
+        raise FailedPrecondition(
+            f"thin pool {self.pool} is not active, and where its metadata lies is known to whoever made it",
+            hint="hpmapper pool activate; for LVM: vgchange -ay",
+        )
 
     def bring_up(self, block: int, *, first: bool) -> None:
         raise NotFound(

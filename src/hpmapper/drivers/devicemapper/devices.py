@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hpmapper import faults
-from hpmapper.drivers.devicemapper import backing, basefs, metadata, thin
+from hpmapper.drivers.devicemapper import backing, basefs, lvm, metadata, thin
 from hpmapper.drivers.devicemapper.holders import holders
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import BASE, DeviceSet, Record, Records, Role, candidate
@@ -30,6 +30,9 @@ from hpmapper.store.workspace import remove_tree
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 100
+
+BLOCK_MARK = "block"
+"""A file in a/ID: the device was handed out as a block device."""
 
 CONTENTS = "layer/diff"
 """Where a device's file system has the root: beside it stands what the layer's tar is made again from."""
@@ -172,6 +175,18 @@ class Devices:
             self._seen.unlink(missing_ok=True)
             self._set = self._backing = None
 
+    def destroy(self) -> None:
+        """Give up a pool that lies elsewhere: LVM's is undone, another is left as empty as it was taken."""
+        known = self.records.device_set()
+        if known is None:
+            return
+        if known.kind == "lvm":
+            lvm.tear_down(self.home)
+        elif known.kind == "given" and dm.find(self.pool) is not None:
+            for device in self.records.used_ids():
+                thin.delete(self.pool, device)
+            thin.set_transaction(self.pool, thin.pool_status(self.pool).transaction, 0)
+
     # The base device.
 
     def _make_base(self) -> None:
@@ -295,7 +310,7 @@ class Devices:
             if earlier is not None:
                 self._delete(earlier)
             self._require_free()
-            origin = self._origin(parent)
+            origin = self.origin(parent)
             record = Record(number, self._free_id(number), max(size, origin.size), parent)
             self.records.begin(role, number, record)
             faults.point("dm.device-intended")
@@ -303,7 +318,8 @@ class Devices:
             faults.point("dm.device-made")
         return record
 
-    def _origin(self, parent: SnapshotId | None) -> Record:
+    def origin(self, parent: SnapshotId | None) -> Record:
+        """The device that one with this parent is a copy of."""
         if parent is None:
             return Record(SnapshotId(0), BASE, self.device_set.base_size)
         found = self.find(parent)
@@ -370,6 +386,42 @@ class Devices:
                     f"free {kind} blocks. Create more {more} or use dm.min_free_space option to change behavior",
                     hint="remove containers and images, or hpmapper pool grow",
                 )
+
+    def as_block(self, record: Record) -> Path:
+        """The block device of a snapshot, for whoever mounts it himself; it stays until `remove` or a reboot.
+
+        Raises:
+            Busy: it is mounted here.
+        """
+        name = self.name(record.number)
+        active = dm.find(name)
+        if active is not None and not (self._place(record) / BLOCK_MARK).exists():
+            self._deactivate(name)
+        (self._place(record) / BLOCK_MARK).touch()
+        return self.activate(record)
+
+    def require_no_block(self, record: Record) -> None:
+        """Refuse to mount a device that was handed out as one: two mounts that do not know of each other ruin it.
+
+        Raises:
+            FailedPrecondition: it was.
+        """
+        if (self._place(record) / BLOCK_MARK).exists():
+            raise FailedPrecondition(
+                f"snapshot {record.number} is in use as a block device",
+                hint="unmount it first: hpmapper container umount",
+            )
+
+    def end_block(self, number: SnapshotId) -> None:
+        """Take a device back that was handed out; nothing to do is no error.
+
+        Raises:
+            Busy: somebody has it open.
+        """
+        mark = self.records.place(Role.SNAPSHOT, number) / BLOCK_MARK
+        if mark.exists():
+            self._deactivate(self.name(number))
+            mark.unlink()
 
     def finish(self, role: Role, number: SnapshotId, record: Record) -> None:
         """The device is complete. A layer's record is durable, and the pool from now on counts as younger."""
@@ -592,7 +644,7 @@ class Devices:
 
     def changed_blocks(self, record: Record) -> tuple[set[int], int]:
         """The blocks that a device has and its parent has not, and a block's size in bytes."""
-        parent = self._origin(record.parent)
+        parent = self.origin(record.parent)
         with self.metadata() as (found, root):
             return found.changed(root, parent.device, record.device), root.block * dm.SECTOR
 

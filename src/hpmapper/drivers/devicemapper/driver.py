@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from hpmapper import faults
 from hpmapper.drivers import directory
@@ -52,6 +52,15 @@ from hpmapper.tree import directory as new_directory
 
 _NOT_THE_CHILDS = ("tar", "names", "superseded")
 """What a device inherits from its parent's, beside the root."""
+
+
+class BlockDevice(NamedTuple):
+    """A root as a block device: its file system, what it has to be mounted with, and where in it the root is."""
+
+    path: Path
+    filesystem: str
+    options: str
+    root: str
 
 
 class DeviceMapperDriver(directory.DirectoryLayers):
@@ -186,7 +195,19 @@ class DeviceMapperDriver(directory.DirectoryLayers):
                 self._mount(self._snapshot_record(snapshot), root, read_only)
         return root
 
+    def as_block(self, snapshot: SnapshotId) -> BlockDevice:
+        """A snapshot's block device, for virtual machines that mount it themselves; `unmount` takes it back.
+
+        Raises:
+            FailedPrecondition: its root is mounted.
+        """
+        with lock.exclusive(self.root(snapshot).parent):
+            path = self.devices.as_block(self._snapshot_record(snapshot))
+        kind = self.devices.device_set.base_fs
+        return BlockDevice(path, kind, "nouuid" if kind == "xfs" else "", CONTENTS)
+
     def _mount(self, record: Record, root: Path, read_only: bool) -> None:
+        self.devices.require_no_block(record)
         whole = root.parent / "fs"
         for path in (root, whole):
             path.mkdir(mode=0o700, exist_ok=True)
@@ -208,6 +229,7 @@ class DeviceMapperDriver(directory.DirectoryLayers):
         root = self.root(snapshot)
         unmount_path(root)
         unmount_path(root.parent / "fs")
+        self.devices.end_block(snapshot)
 
     def remove(self, snapshot: SnapshotId) -> None:
         self.unmount(snapshot)

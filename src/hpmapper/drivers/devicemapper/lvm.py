@@ -111,19 +111,17 @@ def grow(data: str, metadata: str, device: Path | None) -> None:
             _lvm("vgextend", GROUP, str(device))
         faults.point("lvm.group-extended")
     if metadata:
-        _extend(metadata, "--poolmetadata")
-    if data:
-        _extend(data, "")
-    elif device is not None:
-        _extend("+95%FREE", "")
+        _lvm("lvextend", "--poolmetadatasize", metadata, f"{GROUP}/{VOLUME}")
+    size = data or ("+95%FREE" if device is not None else "")
+    if size:
+        _lvm("lvextend", "--extents" if "%" in size else "--size", size, f"{GROUP}/{VOLUME}")
 
 
-def _extend(size: str, what: str) -> None:
-    if what:
-        _lvm("lvextend", "--poolmetadatasize", size, f"{GROUP}/{VOLUME}")
-        return
-    option = "--extents" if "%" in size else "--size"
-    _lvm("lvextend", option, size, f"{GROUP}/{VOLUME}")
+def repair() -> None:
+    """Have LVM rebuild the pool's metadata into its spare; nothing on the pool may be active."""
+    _lvm("lvchange", "-an", f"{GROUP}/{VOLUME}")
+    _lvm("lvconvert", "-y", "--repair", f"{GROUP}/{VOLUME}")
+    activate()
 
 
 def is_monitored() -> bool:
