@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpmapper.drivers.devicemapper import DeviceMapperDriver, parse, thin
-from hpmapper.drivers.devicemapper.records import Role
-from hpmapper.errors import FailedPrecondition, InvalidArgument, NoSpace
+from hpmapper.errors import FailedPrecondition, InvalidArgument, NoSpace, Unsupported
 from hpmapper.kernel import dm, fs, loop, mount
 from hpmapper.layer.stream import Expected
 from hpmapper.model import SnapshotId
@@ -349,9 +348,9 @@ def test_a_given_pool(tmp_path: Path) -> None:
 
 def test_a_size_of_its_own(tmp_path: Path) -> None:
     with attached(tmp_path / "d") as driver:
-        record = driver.devices.create(Role.SNAPSHOT, _ONE, None, size=1024 * _MIB)
-        driver.devices.fill(record)
-        driver.devices.finish(Role.SNAPSHOT, _ONE, record)
+        with pytest.raises(Unsupported, match=r"devmapper: Container size cannot be smaller than 536\.9MB"):
+            driver.prepare(_ONE, [], size=5 * _MIB)
+        driver.prepare(_ONE, [], size=1024 * _MIB)
         seen = os.statvfs(driver.mount(_ONE, []))
         assert seen.f_blocks * seen.f_frsize > 900 * _MIB
         assert fs.filesystem_name(driver.root(_ONE)) == "xfs"

@@ -21,7 +21,7 @@ from hpmapper.drivers.devicemapper.holders import holders
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import BASE, DeviceSet, Record, Records, Role, candidate
 from hpmapper.drivers.devicemapper.units import human_size
-from hpmapper.errors import Corrupt, FailedPrecondition, InvalidArgument, NoSpace, NotFound
+from hpmapper.errors import Corrupt, FailedPrecondition, InvalidArgument, NoSpace, NotFound, Unsupported
 from hpmapper.kernel import dm, fs, lock, mount
 from hpmapper.kernel.fscontext import MOUNT_ATTR_NOATIME, MOUNT_ATTR_RDONLY
 from hpmapper.model import SnapshotId
@@ -30,6 +30,7 @@ from hpmapper.store.workspace import remove_tree
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 100
+_SMALLEST = 1 << 20
 
 BLOCK_MARK = "block"
 """A file in a/ID: the device was handed out as a block device."""
@@ -294,7 +295,7 @@ class Devices:
 
     # Devices.
 
-    def create(self, role: Role, number: SnapshotId, parent: SnapshotId | None, size: int = 0) -> Record:
+    def create(self, role: Role, number: SnapshotId, parent: SnapshotId | None, size: int | None = None) -> Record:
         """Make a device that is a copy of a layer's (or of the base), not yet finished in the records.
 
         One that is finished is left as it is; one that was cut short is made anew.
@@ -311,7 +312,9 @@ class Devices:
                 self._delete(earlier)
             self._require_free()
             origin = self.origin(parent)
-            record = Record(number, self._free_id(number), max(size, origin.size), parent)
+            if size is not None:
+                _require_no_shrinking(size, origin.size)
+            record = Record(number, self._free_id(number), size or origin.size, parent)
             self.records.begin(role, number, record)
             faults.point("dm.device-intended")
             self._snapshot(record, origin, parent)
@@ -633,12 +636,13 @@ class Devices:
         """Give a device's own blocks back to what lies below: deleting alone returns them to the pool only."""
         if not record.size:
             return
-        with self._active(self.name(record.number), record.device, record.size) as path:
-            try:
+        try:
+            with self._active(self.name(record.number), record.device, record.size) as path:
                 fs.discard(path, 0, record.size)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    log.warning("thin device %s cannot be discarded: %s", record.device, error)
+        except OSError as error:
+            # ENODATA: it is deleted already, and only its record was left by a crash.
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENODATA):
+                log.warning("thin device %s cannot be discarded: %s", record.device, error)
 
     # Facts.
 
@@ -652,6 +656,16 @@ class Devices:
     def _locked(self) -> Iterator[None]:
         with lock.exclusive(self.home / "pool.lock"):
             yield
+
+
+def _require_no_shrinking(size: int, present: int) -> None:
+    if size < _SMALLEST:
+        raise InvalidArgument(f"{size} bytes are no size for a container", hint="name a larger one")
+    if size < present:
+        raise Unsupported(
+            f"devmapper: Container size cannot be smaller than {human_size(present)}",
+            hint="that is the size of the image's file system, which cannot shrink: dm.basesize, when a root is made",
+        )
 
 
 @contextmanager

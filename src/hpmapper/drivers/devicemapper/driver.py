@@ -12,6 +12,7 @@ On each device lies a file system with `layer/diff`, the root, and beside it wha
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -37,8 +38,9 @@ from hpmapper.drivers.devicemapper.devices import CONTENTS, Devices
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import Record, Role
 from hpmapper.drivers.upper import numbers, unmount_path
-from hpmapper.errors import Corrupt, NoSpace, NotFound
+from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound, Unsupported
 from hpmapper.kernel import fiemap, lock, mount, sync
+from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
@@ -49,6 +51,8 @@ from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.store.workspace import remove_tree
 from hpmapper.tree import Inode, walk
 from hpmapper.tree import directory as new_directory
+
+log = logging.getLogger(__name__)
 
 _NOT_THE_CHILDS = ("tar", "names", "superseded")
 """What a device inherits from its parent's, beside the root."""
@@ -87,7 +91,10 @@ class DeviceMapperDriver(directory.DirectoryLayers):
     def attach(self) -> None:
         self.devices.attach()
         if self._records.buried_ids():
-            self.devices.delete_buried()
+            try:
+                self.devices.delete_buried()
+            except (HpmapperError, OSError) as error:
+                log.warning("devices to be deleted are left for later: %s", error)
 
     def detach(self) -> None:
         if not self.home.exists():
@@ -170,10 +177,13 @@ class DeviceMapperDriver(directory.DirectoryLayers):
 
     # Snapshots.
 
-    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> None:
+    def prepare(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, size: int | None = None) -> None:
+        """A size is that of the whole file system, as with Docker: it is not smaller than the image's."""
         if self.has(snapshot):
             return
-        record = self.devices.create(Role.SNAPSHOT, snapshot, chain[0] if chain else None)
+        record = self.devices.create(Role.SNAPSHOT, snapshot, chain[0] if chain else None, size)
+        if size is not None:
+            self.devices.fill(record)
         self.devices.finish(Role.SNAPSHOT, snapshot, record)
 
     def has(self, snapshot: SnapshotId) -> bool:
@@ -219,7 +229,11 @@ class DeviceMapperDriver(directory.DirectoryLayers):
         finally:
             mount.umount(whole)
 
-    def handout(self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False) -> MountSpec:
+    def handout(
+        self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
+    ) -> MountSpec:
+        if ids is not None:
+            raise Unsupported("the devicemapper driver does not map ids", hint="the overlay driver does")
         return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
