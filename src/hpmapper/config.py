@@ -6,6 +6,8 @@
 
     [pool]                                  # the same options, written as tables
     size = "200G"
+    [dm]
+    basesize = "20G"
 
 daemon.json may hold any of Docker's other keys, which are Docker's business; our own file may not hold unknown ones.
 """
@@ -31,7 +33,7 @@ DEFAULT_FILE = Path("/etc/hpmapper/config.toml")
 
 _Choice = TypeVar("_Choice", PoolKind, PoolFs)
 
-_KEYS = ("storage-driver", "storage-opts", "root", "pool", "min_free_space")
+_KEYS = ("storage-driver", "storage-opts", "root", "pool", "dm", "min_free_space")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,8 @@ class _Reader:
 
     def _nested(self, table: Mapping[str, object]) -> list[str]:
         words = [f"pool.{key}={value}" for key, value in self._table(table.get("pool", {}), "pool").items()]
+        for key, value in self._table(table.get("dm", {}), "dm").items():
+            words += [f"dm.{key}={one}" for one in (value if isinstance(value, list) else [value])]
         if "min_free_space" in table:
             words.append(f"min_free_space={table['min_free_space']}")
         return words

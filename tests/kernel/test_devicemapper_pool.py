@@ -292,7 +292,7 @@ def test_raw_devices(tmp_path: Path) -> None:
             pass
         metadata.write_bytes(bytes(4096))
         with attached(tmp_path / "d", datadev=str(data), metadatadev=str(metadata)) as driver:
-            assert not driver.devices.options.discards
+            assert not driver.devices.discards()
             _ingest(driver, _ONE, b"one")
             assert "Data loop file" not in driver.status()
             _cut_off(driver)

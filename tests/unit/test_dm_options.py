@@ -17,7 +17,7 @@ def test_defaults() -> None:
     assert options.blocksize == 64 << 10
     assert options.min_free_space == 10
     assert options.fs is None
-    assert options.discards
+    assert options.blkdiscard is None
     assert options.deferred_removal
     assert options.deferred_deletion
     assert options.xfs_nospace_max_retries is None
@@ -130,10 +130,8 @@ def test_some_options_add_up() -> None:
 
 def test_what_depends_on_something_else() -> None:
     assert parse_words(["dm.thinpooldev=/dev/mapper/vg-pool"]).thinpooldev == "vg-pool"
-    assert not parse_words(["dm.thinpooldev=vg-pool"]).discards
-    assert not parse_words(["dm.datadev=/dev/a", "dm.metadatadev=/dev/b"]).discards
-    assert parse_words(["dm.thinpooldev=vg-pool", "dm.blkdiscard=true"]).discards
-    assert not parse_words(["dm.blkdiscard=false"]).discards
+    assert parse_words(["dm.blkdiscard=t"]).blkdiscard is True
+    assert parse_words(["dm.blkdiscard=false"]).blkdiscard is False
     assert not parse_words(["dm.use_deferred_removal=false"]).deferred_deletion
     assert parse_words(["dm.min_free_space=0%"]).min_free_space == 0
     options = parse_words(["dm.directlvm_device=/dev/x", "dm.thinp_percent=90%", "dm.thinp_metapercent=2"])

@@ -611,7 +611,7 @@ class Devices:
         """Delete a buried device; False: it is still in use."""
         try:
             self._deactivate(self.name(record.number))
-            if self.options.discards:
+            if self.discards():
                 self._discard(record)
             self._delete(record)
         except Busy as error:
@@ -631,6 +631,11 @@ class Devices:
             if error.errno != errno.EBUSY:
                 raise
             raise Busy(f"thin device {record.device} is active under another name", hint="see dmsetup table") from error
+
+    def discards(self) -> bool:
+        """Whether what a device occupied goes back to what lies below the pool; Docker's rule."""
+        asked = self.options.blkdiscard
+        return asked if asked is not None else self.device_set.kind in ("loop", "lvm")
 
     def _discard(self, record: Record) -> None:
         """Give a device's own blocks back to what lies below: deleting alone returns them to the pool only."""

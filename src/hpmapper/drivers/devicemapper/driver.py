@@ -129,7 +129,6 @@ class DeviceMapperDriver(directory.DirectoryLayers):
                 # The root is still the parent's until the whole tar has been read.
                 view = _below(top / CONTENTS if chain else None)
                 ingested = directory.fill(blob, view, top, layer, directory.Dialect.APPLIED, expect, progress)
-                (top / "data").rmdir()
             faults.point("ingest.unmounted")
             self.devices.finish(Role.LAYER, layer, record)
         except BaseException as error:

@@ -86,11 +86,6 @@ class Options:
     directlvm: DirectLvm = DirectLvm()
 
     @property
-    def discards(self) -> bool:
-        """Whether a device's blocks are given back to what lies below before it is deleted."""
-        return self.blkdiscard if self.blkdiscard is not None else not (self.datadev or self.thinpooldev)
-
-    @property
     def deferred_removal(self) -> bool:
         """On unless it was forbidden: every kernel that this runs on has it (4.27 of the interface, Linux 3.13)."""
         return self.use_deferred_removal is not False
