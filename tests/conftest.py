@@ -20,6 +20,8 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+pytest_plugins = ["tests.vm.plugin"]
+
 pytest.register_assert_rewrite(
     "hpmapper.testing.contract", "tests.scenario"
 )  # so that a failed case says what was compared

@@ -6,6 +6,8 @@
 
     [pool]                                  # the same options, written as tables
     size = "200G"
+    [dm]
+    basesize = "20G"
 
 daemon.json may hold any of Docker's other keys, which are Docker's business; our own file may not hold unknown ones.
 """
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from hpmapper.drivers.registry import DRIVERS, POOL_OPTIONS, Registered, by_name, nearest
+from hpmapper.drivers.registry import DRIVERS, POOL_OPTIONS, REPEATABLE, Registered, by_name, nearest
 from hpmapper.errors import InvalidArgument, NotFound
 from hpmapper.kernel.fs import filesystem_name
 from hpmapper.pool.base import PoolConfig, PoolFs, PoolKind, parse_size
@@ -31,7 +33,7 @@ DEFAULT_FILE = Path("/etc/hpmapper/config.toml")
 
 _Choice = TypeVar("_Choice", PoolKind, PoolFs)
 
-_KEYS = ("storage-driver", "storage-opts", "root", "pool", "min_free_space")
+_KEYS = ("storage-driver", "storage-opts", "root", "pool", "dm", "min_free_space")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Config:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def with_options(self, words: tuple[str, ...] | list[str]) -> Config:
-        """With "NAME=VALUE" words added; the last of a name counts.
+        """With "NAME=VALUE" words added; the last of a name counts, of a repeatable one all.
 
         Raises:
             InvalidArgument: malformed or unknown.
@@ -53,7 +55,8 @@ class Config:
             name, equals, value = word.partition("=")
             if not equals:
                 raise InvalidArgument(f"storage option {word!r} has no value", hint="write NAME=VALUE")
-            options[_known(name)] = value
+            known = _known(name)
+            options[known] = f"{options[known]}\n{value}" if known in REPEATABLE and known in options else value
         return replace(self, options=options)
 
     def pool(self, registered: Registered | None = None) -> PoolConfig:
@@ -104,7 +107,8 @@ def _one_of(kind: type[_Choice], text: str, option: str) -> _Choice:
 
 def _known(name: str) -> str:
     known = {*POOL_OPTIONS, *(option for driver in DRIVERS for option in driver.options)}
-    bare = name.removeprefix("hpmapper.")
+    bare = name.strip().removeprefix("hpmapper.")
+    bare = bare.lower() if bare.lower().startswith("dm.") else bare  # as Docker's devicemapper driver took it
     if bare not in known:
         raise InvalidArgument(f"there is no storage option {name!r}", hint=nearest(bare, known))
     return bare
@@ -163,6 +167,8 @@ class _Reader:
 
     def _nested(self, table: Mapping[str, object]) -> list[str]:
         words = [f"pool.{key}={value}" for key, value in self._table(table.get("pool", {}), "pool").items()]
+        for key, value in self._table(table.get("dm", {}), "dm").items():
+            words += [f"dm.{key}={one}" for one in (value if isinstance(value, list) else [value])]
         if "min_free_space" in table:
             words.append(f"min_free_space={table['min_free_space']}")
         return words

@@ -120,7 +120,7 @@ def pool_of(config: Config) -> tuple[Database, Pool]:
     return db, open_pool(config.root, PoolConfig.from_dict(json.loads(stored)))
 
 
-def driver_of(config: Config) -> str:
+def driver_name(config: Config) -> str:
     """The name of the root's driver; where there is no root yet, of the one that is asked for or preferred."""
     if (config.root / DATABASE).exists():
         with closing(_database(config, create=False)) as db:
@@ -128,6 +128,21 @@ def driver_of(config: Config) -> str:
             if name is not None:
                 return name
     return config.driver or registry.DRIVERS[0].name
+
+
+def driver_of(config: Config) -> Driver:
+    """The root's driver, not attached.
+
+    Raises:
+        NotFound: there is no root.
+    """
+    with closing(_database(config, create=False)) as db:
+        name, stored = db.setting("driver"), db.setting("pool")
+    if name is None:
+        raise _missing(config)
+    registered = registry.by_name(name)
+    pool = PoolConfig.from_dict(json.loads(stored)) if stored else config.pool()
+    return registered.make(config.root, pool, config.own_options(registered))
 
 
 def remember_pool(db: Database, pool: PoolConfig) -> None:
@@ -224,6 +239,7 @@ def _remove_storage(config: Config, db: Database) -> None:
         if not registered.needs_pool or pool_config.kind is PoolKind.DIRECTORY:
             _lift_limits(driver)
         driver.detach()
+        registered.destroy(driver)
     if stored:
         open_pool(config.root, pool_config).destroy()
     if registered and not registered.needs_pool and (config.root / registered.name).exists():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from hpmapper.config import DEFAULT_ROOT, Config, load
+from hpmapper.drivers.devicemapper import parse
 from hpmapper.drivers.registry import by_name
 from hpmapper.errors import InvalidArgument, NotFound
 from hpmapper.pool.base import GIB, PoolFs, PoolKind
@@ -103,3 +105,27 @@ def test_a_driver_gets_the_file_system_it_needs(tmp_path: Path) -> None:
     assert config.with_options(["pool.size=1G"]).pool(by_name("btrfs")).kind is PoolKind.LOOP
     with pytest.raises(InvalidArgument, match="btrfs driver needs a pool with btrfs, not xfs"):
         config.with_options(["pool.fs=xfs"]).pool(by_name("btrfs"))
+
+
+def test_dm_options_as_docker_has_them_and_as_a_table(tmp_path: Path) -> None:
+    """Names of any case; what may be given several times adds up; a table's values need no quotes."""
+    words = ["DM.BaseSize=20G", "dm.mkfsarg=-i size=512", "dm.mkfsarg=-m crc=1", "dm.fs=xfs", "dm.fs=ext4"]
+    docker, own = tmp_path / "daemon.json", tmp_path / "config.toml"
+    docker.write_text(json.dumps({"storage-driver": "devicemapper", "storage-opts": words}))
+    own.write_text(
+        'storage-driver = "devicemapper"\n[dm]\nbasesize = "20G"\nfs = "ext4"\nuse_deferred_removal = false\n'
+        'mkfsarg = ["-i size=512", "-m crc=1"]\n'
+    )
+    for file in (docker, own):
+        config = load(file)
+        options = parse(config.own_options(by_name("devicemapper")).items())
+        assert (options.basesize, options.fs) == (20 << 30, "ext4")
+        assert options.mkfsarg == ("-i size=512", "-m crc=1")
+        assert options.deferred_removal is (file is docker)
+
+
+def test_a_dm_option_that_does_not_exist(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.json"
+    file.write_text(json.dumps({"storage-opts": ["dm.basesiz=20G"]}))
+    with pytest.raises(InvalidArgument, match=r"no storage option 'dm\.basesiz'.*did you mean 'dm\.basesize'"):
+        load(file)

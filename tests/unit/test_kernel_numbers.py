@@ -39,6 +39,8 @@ from hpmapper.kernel.mountinfo import parse_mount, unescape
         (qgroup._QGROUP_ASSIGN, 0x40189429),
         (qgroup._QGROUP_CREATE, 0x4010942A),
         (qgroup._QGROUP_LIMIT, 0x8030942B),
+        (fs._EXT4_IOC_RESIZE_FS, 0x40086610),
+        (fs._BLKDISCARD, 0x1277),
     ],
 )
 def test_ioctl_numbers(computed: int, known: int) -> None:

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from pathlib import Path
 
-from hpmapper.meta import schema, snapshots
+import pytest
+
+from hpmapper.meta import schema
 from hpmapper.meta.db import Database
-from hpmapper.model import Kind
+
+_MADE = re.compile(r"CREATE TABLE (\w+)|ALTER TABLE (\w+) ADD COLUMN (\w+)")
 
 
-def test_limits_come_with_version_3(tmp_path: Path) -> None:
-    Database(tmp_path / "db").close()
-    with sqlite3.connect(tmp_path / "db") as older:
-        older.execute("DROP TABLE size_limit")
-        older.execute("PRAGMA user_version = 2")
+def _columns(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:
+    tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    return {table: db.execute(f"PRAGMA table_info({table})").fetchall() for table in tables}
+
+
+def _take_back(db: sqlite3.Connection, version: int) -> None:
+    """Undo what the migrations from `version` on bring."""
+    for later in range(version, schema.VERSION):
+        for table, altered, column in _MADE.findall(schema.MIGRATIONS[later]):
+            db.execute(f"DROP TABLE {table}" if table else f"ALTER TABLE {altered} DROP COLUMN {column}")
+    db.execute(f"PRAGMA user_version = {version}")
+
+
+@pytest.mark.parametrize("version", range(1, schema.VERSION))
+def test_an_older_database_becomes_as_a_new_one(tmp_path: Path, version: int) -> None:
+    Database(tmp_path / "new").close()
+    Database(tmp_path / "old").close()
+    with sqlite3.connect(tmp_path / "old") as older:
+        older.execute("INSERT INTO setting VALUES ('driver', 'kept')")
+        _take_back(older, version)
+        assert len(_columns(older)) < len(schema.SCHEMA.split("CREATE TABLE "))
     older.close()
-    db = Database(tmp_path / "db")
-    with db.transaction() as transaction:
-        made = snapshots.add(transaction, "one", Kind.ACTIVE, None)
-        snapshots.set_size_limit(transaction, made.id, 1 << 20)
-    assert snapshots.size_limit(db, made.id) == 1 << 20
+    db = Database(tmp_path / "old")
     assert db.row("PRAGMA user_version")[0] == schema.VERSION
-    with db.transaction() as transaction:
-        snapshots.forget(transaction, made.id)
-    assert snapshots.size_limit(db, made.id) is None
+    assert db.setting("driver") == "kept"
     db.close()
+    fresh, migrated = sqlite3.connect(tmp_path / "new"), sqlite3.connect(tmp_path / "old")
+    try:
+        assert _columns(migrated) == _columns(fresh)
+    finally:
+        fresh.close()
+        migrated.close()

@@ -24,7 +24,7 @@ from hpmapper.drivers.registry import DRIVERS, by_name
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.image.platforms import this_machine
 from hpmapper.kernel.probe import probe_all
-from hpmapper.root import driver_of
+from hpmapper.root import driver_name
 
 DEFAULT_ADDRESS = "/run/hpmapper/hpmapper.sock"
 
@@ -264,7 +264,7 @@ def _absolute(address: str) -> str:
 def _maps_ids(config: Config) -> bool:
     """Whether the root's driver and this host can show files under other owners."""
     try:
-        driver = by_name(driver_of(config))
+        driver = by_name(driver_name(config))
     except PermissionError:
         driver = DRIVERS[0]  # somebody else than root may still look
     if not driver.make(config.root, config.pool(), config.options).capabilities.maps_ids:

@@ -13,6 +13,8 @@ from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.run import FAILED, Words, run_container, run_options, size_option
 from hpmapper.cli.session import Session, session
 from hpmapper.cli.state import State, json_option, pass_state
+from hpmapper.drivers.devicemapper import DeviceMapperDriver
+from hpmapper.errors import Unsupported
 from hpmapper.image import reference
 from hpmapper.image.documents import ImportOptions
 from hpmapper.meta.images import ContainerRow
@@ -115,16 +117,35 @@ def rm(state: State, names: Sequence[str], force: bool) -> None:
 
 @container.command()
 @_name
+@click.option("--as-block", is_flag=True, help="Devicemapper: as a block device, not mounted.")
 @json_option
 @pass_state
-def mount(state: State, name: str) -> None:
+def mount(state: State, name: str, as_block: bool) -> None:
     """Mount a container's root, and print its path.
 
-    It stays mounted until `umount`, or a reboot.
+    It stays mounted until `umount`, or a reboot. With --as-block it is not mounted: the path is a block device's, for
+    a virtual machine that mounts it itself.
     """
     with session(state) as opened:
+        if as_block:
+            _show_block(state, opened, name)
+            return
         path = opened.containers.mount(opened.containers.get(name))
     output.show(state, {"name": name, "path": os.fspath(path)}, lambda: os.fspath(path))
+
+
+def _show_block(state: State, opened: Session, name: str) -> None:
+    driver = opened.engine.driver
+    if not isinstance(driver, DeviceMapperDriver):
+        raise Unsupported(f"the {driver.name} driver has no block devices", hint="the devicemapper driver has")
+    found = opened.containers.snapshot(opened.containers.get(name))
+    opened.engine.prepared(found)
+    device = driver.as_block(found.id)
+    facts = {"name": name, "path": os.fspath(device.path), **{key: getattr(device, key) for key in _BLOCK_FACTS}}
+    output.show(state, facts, lambda: os.fspath(device.path))
+
+
+_BLOCK_FACTS = ("filesystem", "options", "root")
 
 
 @container.command()

@@ -76,6 +76,23 @@ def unpack(
 
     `work/layer/diff` exists and, for the dialect APPLIED, holds a copy of the layer below.
     """
+    ingested = fill(blob, below, work, SnapshotId(int(layer.name)), dialect, expect, progress)
+    (work / "layer").rename(layer)
+    faults.point("ingest.layer-renamed")
+    sync.syncfs(work)
+    return ingested
+
+
+def fill(
+    blob: BinaryIO,
+    below: Below,
+    work: Path,
+    layer: SnapshotId,
+    dialect: Dialect,
+    expect: Expected,
+    progress: Progress | None,
+) -> Ingested:
+    """Read a tar into `work/layer`, as `unpack` does, and leave it there, synced."""
     made = work / "layer"
     data = made / "data"  # in it: the layer may be a subvolume, out of which nothing can be renamed
     sink = NumberedFiles(data)
@@ -94,12 +111,7 @@ def unpack(
     faults.point("ingest.unpacked")
     sync.syncfs(work)
     faults.point("ingest.synced")
-    made.rename(layer)
-    faults.point("ingest.layer-renamed")
-    sync.syncfs(work)
-    return Ingested(
-        SnapshotId(int(layer.name)), stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries
-    )
+    return Ingested(layer, stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries)
 
 
 def read_tar(layer: Path) -> Iterator[bytes]:

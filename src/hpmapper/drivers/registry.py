@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpmapper.drivers import devicemapper
 from hpmapper.drivers.base import Driver, Verdict
 from hpmapper.drivers.btrfs import BtrfsDriver
 from hpmapper.drivers.hpmapper import HpmapperDriver
@@ -27,18 +28,23 @@ class Registered:
 
     Attributes:
         make: builds it for a root directory, with its own options by name; the pool is for those that need one.
-        options: names of its own storage options.
+        options: names of its own storage options. repeatable: those of which every value counts, one a line.
         needs: features of the host (hpmapper.kernel.probe), tried on a scratch directory in the root; of a group of
             several, one is enough.
+        automatic: may be chosen without having been asked for.
         pool_fs: the file system that its pool must be; None: any.
+        destroy: undoes what it made outside its directory, once it is detached.
     """
 
     name: str
     make: Callable[[Path, PoolConfig, Mapping[str, str]], Driver]
     needs: tuple[tuple[str, ...], ...]
     options: tuple[str, ...] = ()
+    repeatable: tuple[str, ...] = ()
     needs_pool: bool = False
     pool_fs: PoolFs | None = None
+    automatic: bool = True
+    destroy: Callable[[Driver], None] = lambda driver: None
 
 
 DRIVERS = (
@@ -68,9 +74,22 @@ DRIVERS = (
         needs_pool=True,
         pool_fs=PoolFs.BTRFS,
     ),
+    Registered(
+        "devicemapper",
+        lambda root, pool, options: devicemapper.DeviceMapperDriver(
+            root / "devicemapper", devicemapper.parse(options.items())
+        ),
+        needs=(("mounting",), ("device-mapper",)),
+        options=devicemapper.NAMES,
+        repeatable=devicemapper.REPEATABLE,
+        automatic=False,  # its pool is the operator's to think about
+        destroy=devicemapper.destroy,
+    ),
     Registered("vfs", lambda root, pool, options: VfsDriver(root / "vfs"), needs=()),
 )
 """In the order in which they are preferred."""
+
+REPEATABLE = {option for driver in DRIVERS for option in driver.repeatable}
 
 
 def by_name(name: str) -> Registered:
@@ -127,7 +146,7 @@ def choose(directory: Path, pool_of: Callable[[Registered], PoolConfig]) -> tupl
     `pool_of` tells the pool that a driver would get.
     """
     verdicts: dict[str, Verdict] = {}
-    for registered in DRIVERS:
+    for registered in (one for one in DRIVERS if one.automatic):
         verdicts[registered.name] = probe(registered, directory, pool_of(registered))
         if verdicts[registered.name].works:
             return registered, verdicts

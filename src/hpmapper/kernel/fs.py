@@ -12,6 +12,7 @@ from hpmapper.kernel.syscall import (
     NR_OPENAT2,
     NR_STATFS,
     AnyPath,
+    io,
     ioctl,
     ior,
     iow,
@@ -27,6 +28,8 @@ _FS_IOC_FSSETXATTR = iow("X", 32, 28)
 _FITRIM = iowr("X", 121, 24)
 _XFS_IOC_FSGROWFSDATA = iow("X", 110, 16)
 _XFS_IOC_FSGEOMETRY_V4 = ior("X", 124, 112)
+_EXT4_IOC_RESIZE_FS = iow("f", 16, 8)
+_BLKDISCARD = io(0x12, 119)
 _BTRFS_IOC_RESIZE = iow(0x94, 3, 4096)
 
 _FSXATTR = struct.Struct("=5I8s")
@@ -166,6 +169,19 @@ def btrfs_grow(path: AnyPath) -> None:
     """Grow the mounted single-device btrfs to its device's end."""
     with opened(path) as fd:
         ioctl(fd, _BTRFS_IOC_RESIZE, bytearray(_BTRFS_RESIZE.pack(0, b"1:max")))
+
+
+def ext4_grow(path: AnyPath, size: int) -> None:
+    """Grow the mounted ext4 to `size` bytes, which its device must have (resize2fs(8) does no more while mounted)."""
+    block = os.statvfs(path).f_bsize
+    with opened(path) as fd:
+        ioctl(fd, _EXT4_IOC_RESIZE_FS, bytearray((size // block).to_bytes(8, "little")))
+
+
+def discard(path: AnyPath, offset: int, length: int) -> None:
+    """Tell a block device that a range holds nothing any more; EOPNOTSUPP when it does not care."""
+    with opened(path, os.O_RDWR) as fd:
+        ioctl(fd, _BLKDISCARD, bytearray(struct.pack("=QQ", offset, length)), path=path)
 
 
 def knows_file_types(directory: AnyPath) -> bool:

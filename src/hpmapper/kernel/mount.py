@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from pathlib import Path
 
 from hpmapper.kernel import fscontext, loop
 from hpmapper.kernel.fscontext import MOUNT_ATTR_RDONLY, Context
@@ -23,6 +24,7 @@ __all__ = [
     "LayerForm",
     "Mount",
     "bind",
+    "detached",
     "erofs",
     "filesystem",
     "is_mountpoint",
@@ -53,6 +55,24 @@ def filesystem(
             context.set("ro")  # the superblock too, or a read-only device is refused
         _set_options(context, options)
         _attach(context, target, attributes)
+
+
+@contextmanager
+def detached(fstype: str, source: AnyPath, *, options: Options | None = None, attributes: int = 0) -> Iterator[Path]:
+    """A mount that is nowhere in the tree: its root, as a path for this process. It ends with the block or the process.
+
+    With MOUNT_ATTR_RDONLY the superblock is read-only, too.
+    """
+    with fscontext.fsopen(fstype, source) as context:
+        context.set("source", source)
+        if attributes & MOUNT_ATTR_RDONLY:
+            context.set("ro")
+        _set_options(context, options)
+        fd = context.mount(attributes)
+    try:
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def bind(source: AnyPath, target: AnyPath, *, read_only: bool = False, recursive: bool = False) -> None:

@@ -1,0 +1,185 @@
+"""The on-disk metadata of a thin pool, read: which devices there are, and which blocks each has.
+
+Linux: drivers/md/dm-thin-metadata.c, drivers/md/persistent-data/. Trees are copied on write, so two devices that have
+much in common share whole subtrees: what differs is found by looking at what is not shared, whatever their sizes.
+
+Never trusted: a block whose checksum or number is wrong is `Corrupt`, and no walk is longer than the metadata.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from hpmapper.erofs.hashes import crc32c
+from hpmapper.errors import Corrupt
+
+BLOCK = 4096
+_MAGIC = 27022010
+_SUPERBLOCK_SALT, _NODE_SALT = 160774, 121107
+_INTERNAL, _LEAF = 1, 2
+
+_SUPERBLOCK = struct.Struct("<IIQ16sQIIQQ128s128sQQIIQ")  # struct thin_disk_superblock, up to metadata_nr_blocks
+_NODE = struct.Struct("<IIQIIII")  # struct node_header
+_DETAILS = struct.Struct("<QQII")  # struct disk_device_details
+_NEEDS_CHECK = 1
+
+
+class Superblock(NamedTuple):
+    """The root of all. `held_root`: the block of the copy held for user space, 0 for none; `block`: data's, sectors."""
+
+    needs_check: bool
+    transaction: int
+    held_root: int
+    mappings: int
+    details: int
+    block: int
+    metadata_blocks: int
+
+
+class Details(NamedTuple):
+    """What the pool notes of a device: blocks mapped, and by which transaction it was made."""
+
+    mapped: int
+    transaction: int
+    created: int
+    snapshotted: int
+
+
+class Metadata:
+    """A metadata device or file, open for reading."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._page = mmap.mmap(-1, BLOCK)  # aligned, as direct I/O wants it
+        self._limit = os.lseek(fd, 0, os.SEEK_END) // BLOCK
+
+    def superblock(self, block: int = 0) -> Superblock:
+        """The superblock, or the copy of it that a metadata snapshot is."""
+        data = self._read(block, _SUPERBLOCK_SALT)
+        _, flags, _, _, magic, version, _, transaction, held, _, _, mappings, details, size, _, blocks = (
+            _SUPERBLOCK.unpack_from(data)
+        )
+        if magic != _MAGIC or version not in (1, 2):
+            raise Corrupt(f"block {block} of the pool's metadata is no superblock", hint="hpmapper pool check")
+        return Superblock(bool(flags & _NEEDS_CHECK), transaction, held, mappings, details, size, blocks)
+
+    def devices(self, root: Superblock) -> dict[int, Details]:
+        """The thin devices, by their ids."""
+        return {device: Details(*_DETAILS.unpack(value)) for device, value in self._walk(root.details)}
+
+    def mapped(self, root: Superblock, device: int) -> dict[int, int]:
+        """The data block behind each mapped block of a device."""
+        return self._blocks(self._device_root(root, device))
+
+    def changed(self, root: Superblock, before: int, after: int) -> set[int]:
+        """The blocks of device `after` that are not the ones of `before`: written since one was made of the other."""
+        old, new = self._device_root(root, before), self._device_root(root, after)
+        if old == new:
+            return set()
+        shared = set(self._nodes(old))
+        known = self._blocks(old)
+        found: set[int] = set()
+        for block, value in self._walk(new, without=shared):
+            if known.get(block) != _data_block(value):
+                found.add(block)
+        return found
+
+    def _blocks(self, tree: int) -> dict[int, int]:
+        return {block: _data_block(value) for block, value in self._walk(tree)}
+
+    def _device_root(self, root: Superblock, device: int) -> int:
+        for found, value in self._walk(root.mappings, only=device):
+            if found == device:
+                return int.from_bytes(value, "little")
+        raise Corrupt(f"the pool's metadata has no thin device {device}", hint="hpmapper fsck")
+
+    def _walk(
+        self, tree: int, *, only: int | None = None, without: set[int] | None = None
+    ) -> Iterator[tuple[int, bytes]]:
+        """The keys and values of a tree, in order; `only` the leaf that may have this key, `without` these subtrees."""
+        pending = [tree]
+        seen = 0
+        while pending:
+            block = pending.pop()
+            if without and block in without:
+                continue
+            seen += 1
+            if seen > self._limit:
+                raise Corrupt("the pool's metadata has a tree that runs in a circle", hint="hpmapper pool check")
+            flags, keys, values = self._node(block)
+            if flags == _LEAF:
+                yield from zip(keys, values, strict=True)
+                continue
+            children = [int.from_bytes(value, "little") for value in values]
+            if only is not None:
+                at = sum(key <= only for key in keys) - 1
+                children = children[at : at + 1] if at >= 0 else []
+            pending.extend(reversed(children))
+
+    def _nodes(self, tree: int) -> Iterator[int]:
+        """The blocks that a tree consists of."""
+        pending = [tree]
+        seen = 0
+        while pending:
+            block = pending.pop()
+            seen += 1
+            if seen > self._limit:
+                raise Corrupt("the pool's metadata has a tree that runs in a circle", hint="hpmapper pool check")
+            yield block
+            flags, _, values = self._node(block)
+            if flags == _INTERNAL:
+                pending.extend(int.from_bytes(value, "little") for value in values)
+
+    def _node(self, block: int) -> tuple[int, tuple[int, ...], list[bytes]]:
+        data = self._read(block, _NODE_SALT)
+        _, flags, _, entries, room, size, _ = _NODE.unpack_from(data)
+        if flags not in (_INTERNAL, _LEAF) or entries > room or _NODE.size + room * (8 + size) > BLOCK:
+            raise Corrupt(f"block {block} of the pool's metadata is no tree node", hint="hpmapper pool check")
+        keys = struct.unpack_from(f"<{entries}Q", data, _NODE.size)
+        start = _NODE.size + 8 * room
+        return flags, keys, [data[start + at * size : start + (at + 1) * size] for at in range(entries)]
+
+    def _read(self, block: int, salt: int) -> bytes:
+        if block >= self._limit or os.preadv(self._fd, [self._page], block * BLOCK) != BLOCK:
+            raise Corrupt(f"block {block} lies beyond the pool's metadata", hint="hpmapper pool check")
+        data = self._page[:]
+        checksum, _, number = struct.unpack_from("<IIQ", data)
+        if crc32c(data[4:]) ^ salt != checksum or number != block:
+            raise Corrupt(f"block {block} of the pool's metadata is damaged", hint="hpmapper pool check")
+        return data
+
+
+def _data_block(value: bytes) -> int:
+    return int.from_bytes(value, "little") >> 24  # the rest is the time of the mapping
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Metadata]:
+    """Metadata of a device or file, past the page cache: the kernel writes it past the page cache, too."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.open(path, flags)  # a file where there is no direct I/O
+    try:
+        yield Metadata(fd)
+    finally:
+        os.close(fd)
+
+
+def exclusive(mappings: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
+    """Of each device's blocks, how many no other has: what deleting it gives back."""
+    owners: dict[int, int] = {}
+    for blocks in mappings.values():
+        for block in blocks.values():
+            owners[block] = owners.get(block, 0) + 1
+    return {device: sum(owners[block] == 1 for block in blocks.values()) for device, blocks in mappings.items()}

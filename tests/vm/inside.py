@@ -1,0 +1,88 @@
+"""In the guest: load what the chosen tests need, run them with pytest, and send each report to the host as it comes.
+
+/source/selection holds what the host wants: {"features": […], "arguments": [pytest's]}. Reports go as lines of JSON to
+the virtio port "reports"; their form is pytest's own (what pytest-xdist sends).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+SOURCE = Path("/source")
+
+MODULES = {
+    "dm": ("dm_mod", "dm_thin_pool", "dm_snapshot", "dm_flakey", "loop", "xfs", "overlay", "erofs"),
+    "lvm": ("dm_mod", "dm_thin_pool", "loop", "xfs", "virtio_blk"),
+    "quota": ("xfs", "loop", "overlay", "quota_v2"),
+    "overlay": ("xfs", "loop", "overlay", "erofs"),
+}
+"""What each feature of `@pytest.mark.guest(FEATURE)` needs loaded."""
+
+
+_KERNEL_LINES = 60
+
+
+class Sender:
+    """Sends reports (a pytest plugin)."""
+
+    def __init__(self, config: pytest.Config, port: TextIO) -> None:
+        self._config = config
+        self._port = port
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        self._send({"report": data})
+
+    def pytest_warning_recorded(self, warning_message: Any, nodeid: str) -> None:
+        self._send({"warning": str(warning_message.message), "nodeid": nodeid})
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._send({"collection": f"{report.nodeid}: {report.longreprtext}"})
+
+    def _send(self, line: dict[str, Any]) -> None:
+        self._port.write(json.dumps(line) + "\n")
+        self._port.flush()
+
+
+class Loader:
+    """Gives the sender the configuration it needs (a pytest plugin)."""
+
+    def __init__(self, port: TextIO) -> None:
+        self._port = port
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.pluginmanager.register(Sender(config, self._port), "guest-sender")
+
+
+def main() -> int:
+    """Run the chosen tests; returns pytest's exit status."""
+    wanted = json.loads((SOURCE / "selection").read_text())
+    modules = sorted({module for feature in wanted["features"] for module in MODULES.get(feature, ())})
+    subprocess.run(["modprobe", "-a", *modules], check=True)
+    with _port("reports").open("w", encoding="ascii") as port:
+        status = int(pytest.main(["-p", "no:cacheprovider", *wanted["arguments"]], plugins=[Loader(port)]))
+        if status:
+            said = subprocess.run(["dmesg", "--notime"], capture_output=True, text=True, check=False).stdout
+            port.write(json.dumps({"kernel": "\n".join(said.splitlines()[-_KERNEL_LINES:])}) + "\n")
+    return status
+
+
+def _port(name: str) -> Path:
+    """The virtio port's device; udev, which would name it, does not run."""
+    for entry in Path("/sys/class/virtio-ports").iterdir():
+        if (entry / "name").read_text().strip() == name:
+            return Path("/dev", entry.name)
+    raise FileNotFoundError(f"virtio port {name}")
+
+
+if __name__ == "__main__":
+    os.chdir(SOURCE)
+    sys.exit(main())
