@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,27 @@ SIZE = 16 * GIB
 @contextmanager
 def xfs(directory: Path) -> Iterator[Path]:
     """A mounted XFS with reflink, its image in `directory`."""
-    image, target = directory / "xfs.img", directory / "xfs"
+    # nouuid: several test processes may have such a file system mounted at once.
+    with _made(PoolFs.XFS, directory, {"nouuid": None}) as target:
+        yield target
+
+
+@contextmanager
+def btrfs(directory: Path) -> Iterator[Path]:
+    """A mounted btrfs, its image in `directory`."""
+    with _made(PoolFs.BTRFS, directory, {}) as target:
+        yield target
+
+
+@contextmanager
+def _made(kind: PoolFs, directory: Path, options: mount.Options) -> Iterator[Path]:
+    image, target = directory / f"{kind}.img", directory / kind
     target.mkdir()
     image.touch()
     os.truncate(image, SIZE)
-    filesystem.make(PoolFs.XFS, image, "6ba7b810-9dad-11d1-80b4-00c04fd430c8")
+    filesystem.make(kind, image, str(uuid.uuid4()))
     with loop.attached(image, block_size=4096) as device:
-        # nouuid: several test processes may have such a file system mounted at once.
-        mount.filesystem("xfs", device, target, options={"nouuid": None}, attributes=MOUNT_ATTR_NOATIME)
+        mount.filesystem(kind, device, target, options=options, attributes=MOUNT_ATTR_NOATIME)
     try:
         yield target
     finally:

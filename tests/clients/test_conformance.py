@@ -6,13 +6,13 @@ overlayfs refuses unless redirect_dir is on; as "proxy" it asks for everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.clients import conformance, servers, trees
+from tests.clients import conformance, pools, servers, trees
 from tests.clients.conformance import SUBTESTS, Verdict
 
 pytestmark = pytest.mark.kernel
@@ -33,13 +33,13 @@ class Case:
         return f"{self.debian}-{self.server}-{self.name}"
 
 
-OURS = [Case(HERE, driver, "overlayfs") for driver in servers.DRIVERS]
+OURS = [Case(HERE, driver, "overlayfs") for driver in (*servers.DRIVERS, "btrfs")]
 OTHERS = [
     Case(HERE, "stock-overlay", "overlayfs"),
     *(
         Case(debian, server, name)
         for debian in ("trixie", "sid")
-        for server in (*servers.DRIVERS, "stock-overlay")
+        for server in (*servers.DRIVERS, "btrfs", "stock-overlay")
         for name in ("overlayfs", "proxy")
     ),
 ]
@@ -56,14 +56,30 @@ Judge = Callable[[Case], dict[str, Verdict]]
 
 
 @pytest.fixture(scope="module")
-def judge(pool: Path) -> Judge:
+def btrfs_pool(private_mounts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A btrfs for the roots of the driver that needs one."""
+    with pools.btrfs(tmp_path_factory.mktemp("btrfs")) as mounted:
+        yield mounted
+
+
+Roots = Callable[[Case], Path]
+
+
+@pytest.fixture(scope="module")
+def roots_of(pool: Path, btrfs_pool: Path) -> Roots:
+    """Where a case has its roots."""
+    return lambda case: (btrfs_pool if case.server == "btrfs" else pool) / str(case)
+
+
+@pytest.fixture(scope="module")
+def judge(roots_of: Roots) -> Judge:
     """Runs a suite against a server once, and remembers what it said."""
     known: dict[Case, dict[str, Verdict]] = {}
 
     def judged(case: Case) -> dict[str, Verdict]:
         if case not in known:
             binary = conformance.build(None if case.debian == HERE else trees.made(case.debian))
-            roots = pool / str(case)
+            roots = roots_of(case)
             roots.mkdir()
             known[case] = conformance.run(binary, servers.of(case.server), case.name, roots)
         return known[case]
@@ -85,6 +101,6 @@ def test_suite(case: Case, subtest: str, judge: Judge) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_suite_has_no_other_subtests_and_leaves_nothing(case: Case, judge: Judge, pool: Path) -> None:
+def test_suite_has_no_other_subtests_and_leaves_nothing(case: Case, judge: Judge, roots_of: Roots) -> None:
     assert {name for name in judge(case) if name} == set(SUBTESTS)
-    assert list((pool / str(case)).iterdir()) == []
+    assert list(roots_of(case).iterdir()) == []

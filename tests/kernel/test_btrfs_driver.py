@@ -133,6 +133,23 @@ def test_a_file_whose_time_was_set_back_is_in(driver: BtrfsDriver) -> None:
     assert b"after!" in _diff(driver, ONE, BASE)
 
 
+def test_all_names_of_a_file_with_very_many_are_in(driver: BtrfsDriver) -> None:
+    """More than fit into one reference item: btrfs keeps the rest elsewhere."""
+    names = [b"d%d/%s-%d" % (number % 3, b"n" * 200, number) for number in range(300)]
+    links = [member(name[:90] + b"%d" % number, kind=b"1", link=b"file") for number, name in enumerate(names)]
+    _ingest(driver, member(b"file", b"before"), folder(b"d0/"), folder(b"d1/"), folder(b"d2/"), *links)
+    driver.prepare(ONE, [BASE])
+    root = driver.mount(ONE, [BASE])
+    for number in range(300):
+        (root / f"d{number % 3}" / ("long" * 50 + str(number))).hardlink_to(root / "file")
+    assert driver.seal(ONE)
+    driver.prepare(TWO, [ONE])
+    (driver.mount(TWO, [ONE]) / "file").write_bytes(b"after")
+    found = {change.path for change in driver.changes(TWO, [ONE])}
+    assert len(found) == 1 + 300 + 300 + 3
+    assert _diff(driver, ONE, BASE) == _walked(driver, ONE, BASE)
+
+
 def test_a_directory_in_the_place_of_a_symlink_is_whole(driver: BtrfsDriver) -> None:
     """Its unchanged files lie where the former symlink led to: they are new under this path all the same."""
     _ingest(driver, folder(b"usr/lib/"), member(b"usr/lib/so", b"so"), member(b"lib", kind=b"2", link=b"usr/lib"))
