@@ -66,7 +66,6 @@ def _common(program: str, default: str) -> Callable[[_Command], _Command]:
 @click.option("--platform", metavar="OS/ARCH", help="Of the images to be unpacked [this machine's].")
 @click.option("--no-cri", is_flag=True, help="Leave Kubernetes' snapshotter as it is.")
 @click.option("--no-differ", is_flag=True, help="Let containerd unpack layers itself.")
-@click.option("--no-rebase", is_flag=True, help="Unpack one layer of an image after the other.")
 @click.option("--remap-ids/--no-remap-ids", default=None, help="Idmapped mounts [if they work here].")
 @pass_state
 def containerd(
@@ -81,7 +80,6 @@ def containerd(
     platform: str | None,
     no_cri: bool,
     no_differ: bool,
-    no_rebase: bool,
     remap_ids: bool | None,
 ) -> None:
     """Make containerd use hpmapper.
@@ -97,7 +95,6 @@ def containerd(
         platform=platform or str(this_machine()),
         cri=not no_cri,
         differ=not no_differ,
-        rebase=not no_rebase,
         remap_ids=_maps_ids(settings) if remap_ids is None else remap_ids,
     )
     target = _Target(

@@ -5,7 +5,6 @@
     1.7.4     … and the proxy differ, first in the differs' order
     1.7.23    … and capabilities: remap-ids
     2.0       … and an entry for the transfer service, which pulls by default     file version 3
-    2.2       … and the capability rebase: layers are unpacked beside each other
 
 Sources: `ProxyPlugin` in cmd/containerd/server/config/config.go (1.x: services/server/config), `transferConfig` in
 plugins/transfer/plugin.go and its defaults beside it, of the tags that first have each.
@@ -57,7 +56,6 @@ class Wishes:
         platform: of this machine, as containerd writes it: linux/amd64.
         cri: Kubernetes is to use hpmapper, too.
         differ: layers go straight from the registry into the pool.
-        rebase: layers may be unpacked before those below them.
         remap_ids: the daemon can idmap what it hands out.
     """
 
@@ -67,7 +65,6 @@ class Wishes:
     platform: str
     cri: bool = True
     differ: bool = True
-    rebase: bool = True
     remap_ids: bool = True
 
     @property
@@ -159,7 +156,7 @@ def _proxy(result: Draft, path: Path, kind: str, address: str, why: str) -> None
 def _capabilities(result: Draft, path: Path, version: Version, wishes: Wishes) -> None:
     """Exactly what is true of ours; words that are not ours to judge stay."""
     possible = {
-        "rebase": _why_no_rebase(version, wishes),
+        "rebase": "a layer is read on top of those below it, which its deletions and links may refer to",
         "remap-ids": _why_no_remap(version, wishes),
     }
     for word, why_not in possible.items():
@@ -170,22 +167,11 @@ def _capabilities(result: Draft, path: Path, version: Version, wishes: Wishes) -
     added = [word for word, why_not in possible.items() if not why_not and word not in kept]
     if kept + added != stated:
         meanings = {
-            "rebase": "rebase: layers may be unpacked before those below them",
             "remap-ids": "remap-ids: user namespaces by idmapped mounts, without a copy",
         }
         gone = [word for word in stated if word not in kept]
         why = "; ".join([meanings[word] for word in added] + [f"not {word}: {possible[word]}" for word in gone])
         result.set(path, kept + added, why)
-
-
-def _why_no_rebase(version: Version, wishes: Wishes) -> str:
-    if not wishes.rebase:
-        return "not wanted"
-    if version < _REBASE:
-        return f"containerd {version} does not use it, {_REBASE} does"
-    if not wishes.differ:
-        return "without our differ, containerd would lose what a layer deletes of those below it"
-    return ""
 
 
 def _why_no_remap(version: Version, wishes: Wishes) -> str:
@@ -228,7 +214,6 @@ def _transfer(result: Draft, version: Version, wishes: Wishes, *, with_differ: b
     if entries is not ABSENT and not _are_entries(entries):
         result.conflicts.append(f"plugins.{_TRANSFER_SERVICE}.unpack_config is not a list of tables")
         return
-    _unpack_beside(result, (*service, "max_concurrent_unpacks"), version, wishes, with_differ=with_differ)
     if entries is ABSENT:
         _default_entries(result, path, version, wishes)
     elif version < (2, 1, 0) and with_differ:
@@ -272,20 +257,6 @@ def _our_entry(result: Draft, path: Path, differ: str, wishes: Wishes) -> None:
 
 def _entry(platform: str, snapshotter: str, differ: str) -> dict[str, Any]:
     return {"platform": platform, "snapshotter": snapshotter, "differ": differ}
-
-
-def _unpack_beside(result: Draft, path: Path, version: Version, wishes: Wishes, *, with_differ: bool) -> None:
-    if not with_differ or _why_no_rebase(version, wishes):
-        return
-    if version < _UNPACK_BESIDE:
-        result.note(
-            f"max_concurrent_unpacks is left at 1: containerd {version} would lose deletions in images that it unpacks "
-            f"for other snapshotters; {_UNPACK_BESIDE} has that mended"
-        )
-    elif result.get(path) is ABSENT:
-        result.set(path, _UNPACKS, "layers of one image that are unpacked at a time (with rebase)")
-    elif result.get(path) != _UNPACKS:
-        result.note(f"max_concurrent_unpacks stays at {result.get(path)}: more than 1 makes use of rebase")
 
 
 def _cri(result: Draft, file_version: int, wishes: Wishes) -> None:
