@@ -22,6 +22,7 @@ from hpmapper.errors import FailedPrecondition, HpmapperError
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Snapshot
 from hpmapper.model import SnapshotId
+from hpmapper.writeback import Writeback
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,12 @@ class Caretaker:
         self._last_commit = time.monotonic()
         self._hopeless: set[SnapshotId] = set()  # sealed layers that cannot be ingested, or are not worth another try
         self._sealed = not engine.driver.capabilities.keeps_sealed
+        self._writeback = Writeback(engine.driver.scratch)
         self._thread = threading.Thread(target=self._run, name="caretaker")
 
     def start(self) -> None:
         """Begin."""
+        self._writeback.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -67,9 +70,19 @@ class Caretaker:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
+        self._writeback.stop()
+
+    def unpacking(self, snapshot: Snapshot) -> None:
+        """A layer is going to be written into a snapshot."""
+        self._writeback.begin(snapshot.id)
+
+    def applying(self, snapshot: Snapshot) -> None:
+        """It is not: it is read by our differ, which sees to its own writing."""
+        self._writeback.end(snapshot.id)
 
     def committed(self, snapshot: Snapshot, parent: Snapshot | None) -> None:
         """A snapshot was committed on that parent."""
+        self._writeback.end(snapshot.id)
         with self._wake:
             self._tops.add(snapshot.id)
             self._written.add(snapshot.id)
@@ -81,6 +94,7 @@ class Caretaker:
 
     def removed(self, snapshot: Snapshot) -> None:
         """A snapshot was marked as removed."""
+        self._writeback.end(snapshot.id)
         with self._wake:
             self._tops.discard(snapshot.id)
             if not self._removed:

@@ -89,6 +89,8 @@ class Applied:
 class Watcher(Protocol):
     """Whoever does the work that a forest leaves for later."""
 
+    def unpacking(self, snapshot: Snapshot) -> None: ...
+    def applying(self, snapshot: Snapshot) -> None: ...
     def committed(self, snapshot: Snapshot, parent: Snapshot | None) -> None: ...
     def removed(self, snapshot: Snapshot) -> None: ...
 
@@ -168,9 +170,12 @@ class Forest:
             snapshots.add_labels(transaction, snapshot, labels)
 
         try:
-            return self.engine.record(inner, below, kind, label, size=size or _size_limit(labels, kind))
+            recorded = self.engine.record(inner, below, kind, label, size=size or _size_limit(labels, kind))
         except AlreadyExists:
             raise AlreadyExists(f"snapshot {key!r} exists already") from None
+        if (watcher := self._watcher) and TARGET_LABEL in labels:
+            self._db.afterwards(lambda: watcher.unpacking(recorded.snapshot))
+        return recorded
 
     def first_mounts(self, recorded: Recorded) -> MountSpec:
         """What is to be mounted of a snapshot that was just recorded; it is taken back if that cannot be made."""
@@ -397,6 +402,8 @@ class Forest:
         """
         if snapshot.kind is not Kind.ACTIVE or not self._is_bare(snapshot):
             raise Unsupported(f"snapshot {self._outer(snapshot.key)!r} is a view, or was written to before")
+        if self._watcher:
+            self._watcher.applying(snapshot)
         self._ingest_below(snapshot)
         self._drop_storage(snapshot)
         try:

@@ -29,8 +29,6 @@ OLDEST = Version(1, 6, 0)
 _PROXY_DIFF = Version(1, 7, 4)  # containerd #8985
 _CAPABILITIES = Version(1, 7, 23)  # containerd #10732
 _TRANSFER = Version(2, 0, 0)  # since when `ctr images pull` (from 2.1 CRI, too) goes through it
-_REBASE = Version(2, 2, 0)  # containerd #12332, #12407
-_UNPACK_BESIDE = Version(2, 2, 3)  # before, parallel unpacking loses deletions of other snapshotters (#13030)
 _EROFS_ENTRY = Version(2, 3, 0)  # since when the transfer service's default has a second entry
 _FILE_VERSION_3 = Version(2, 0, 0)
 _FILE_VERSION_4 = Version(2, 3, 0)
@@ -41,7 +39,6 @@ _CRI_OLD = "io.containerd.grpc.v1.cri"
 _CRI_NEW = "io.containerd.cri.v1.images"
 
 _WALKING = "walking"
-_UNPACKS = 4
 """Layers that containerd unpacks at a time: as many as the engine reads (`hpmapper.engine`)."""
 
 
