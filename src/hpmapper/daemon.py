@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from hpmapper.cache.manager import CacheManager
 from hpmapper.caretaker import Caretaker
 from hpmapper.config import Config
 from hpmapper.containerd.content import ContentStore
@@ -65,6 +66,7 @@ def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | 
         server = Server(methods(engine, caretaker, content), engine.db.batch)
         _listen(server, address)
         with (
+            _kept_tidy(engine),
             _running(server, caretaker, content),
             plugin.serving(engine, caretaker, docker_plugin) if docker_plugin else nullcontext(),
         ):
@@ -98,6 +100,17 @@ def _running(server: Server, caretaker: Caretaker, content: ContentStore) -> Ite
         caretaker.stop()
         content.close()  # ends the reading of layers that nobody waits for any more
         server.close()
+
+
+@contextmanager
+def _kept_tidy(engine: Engine) -> Iterator[None]:
+    """Drop what is cached twice when memory gets short, while the body runs."""
+    manager = CacheManager(engine.db, engine.driver)
+    manager.start()
+    try:
+        yield
+    finally:
+        manager.stop()
 
 
 def _allow_many_files() -> None:
