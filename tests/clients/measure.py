@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +34,14 @@ class Side:
         self.snapshotter = snapshotter
         self.reference = reference
         self.times: dict[str, list[float]] = {}
+        self.containerd.pull(reference, snapshotter, "warming-up")  # the server then has all that it keeps while it runs
+        self.containerd.remove_images("warming-up")
+        time.sleep(5)
+        self.empty = left(containerd)
 
     def run(self, number: int) -> None:
         """Pull, start one container cold, start many at once, and remove all of it."""
         namespace = f"measure-{number}"
-        before = left(self.containerd)
         self._timed("pull", lambda: self.containerd.pull(self.reference, self.snapshotter, namespace))
         time.sleep(1)  # what is done behind the pull
         _drop_caches()
@@ -50,7 +54,7 @@ class Side:
 
         self._timed(f"{_AT_ONCE} starts at once", many)
         self.containerd.remove_images(namespace)
-        assert_reclaimed(self.containerd, before)
+        assert_reclaimed(self.containerd, self.empty)
 
     def _start(self, namespace: str, name: str) -> None:
         words = ["run", "--rm", "--net-host", "--snapshotter", self.snapshotter, self.reference, name]
@@ -60,6 +64,7 @@ class Side:
         begin = time.monotonic()
         do()
         self.times.setdefault(what, []).append(time.monotonic() - begin)
+        print(f"{self.name}: {what}: {self.times[what][-1]:.2f} s", file=sys.stderr)
 
 
 def _drop_caches() -> None:
