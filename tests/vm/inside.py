@@ -20,7 +20,7 @@ SOURCE = Path("/source")
 MODULES = {
     "dm": ("dm_mod", "dm_thin_pool", "dm_snapshot", "dm_flakey", "loop", "xfs", "overlay", "erofs"),
     "lvm": ("dm_mod", "dm_thin_pool", "loop", "xfs", "virtio_blk"),
-    "quota": ("xfs", "loop", "overlay", "quota_v2"),
+    "quota": ("xfs", "loop", "overlay", "erofs", "quota_v2"),
     "overlay": ("xfs", "loop", "overlay", "erofs"),
 }
 """What each feature of `@pytest.mark.guest(FEATURE)` needs loaded."""

@@ -107,7 +107,8 @@ def usage_is_what_counts(subject: Subject) -> None:
             used = subject.driver.usage(snapshot)
         assert not listed, f"{listed} were listed"
         assert written <= used.size - before.size <= written + _SLACK
-        assert 101 <= used.inodes - before.inodes <= 105
+        # Not exactly 101: XFS frees what overlayfs has removed some time later, so that `before` may have counted more.
+        assert 91 <= used.inodes - before.inodes <= 111
         assert used.size <= _LIMIT
 
 
