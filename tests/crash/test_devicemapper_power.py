@@ -44,12 +44,17 @@ class Disk:
         self.taken.append((point, copy, set(self.promised)))
 
 
+def _ingest(driver: DeviceMapperDriver, layer: SnapshotId, below: list[SnapshotId], work: Path) -> None:
+    driver.ingest(layer, lambda: below, io.BytesIO(_TARS[layer]), work, Expected(), None, lambda _: False)
+
+
 def _work(driver: DeviceMapperDriver, disk: Disk) -> None:
     """Everything that changes a pool, once."""
     one, two, three, four = (SnapshotId(number) for number in (1, 2, 3, 4))
-    for layer, below in ((one, []), (two, [one])):
+    chains: dict[SnapshotId, list[SnapshotId]] = {one: [], two: [one]}
+    for layer, below in chains.items():
         with workspace(driver.scratch) as work:
-            driver.ingest(layer, lambda below=below: below, io.BytesIO(_TARS[layer]), work, Expected(), None)  # type: ignore[misc]
+            _ingest(driver, layer, below, work)
         disk.promised.add(layer)
     driver.prepare(three, [two, one])
     (driver.mount(three, [two, one]) / "written").write_bytes(b"w" * 100_000)
