@@ -60,6 +60,9 @@ def disks() -> Iterator[tuple[Path, Path]]:
     """Two empty disks, whatever the test leaves on them."""
     found = _disk("spare0"), _disk("spare1")
     yield found
+    for name in sorted(dm.devices(), reverse=True):
+        if name.startswith("hpmapper-") and not name.startswith("hpmapper-thinpool"):
+            dm.remove(name)
     subprocess.run(["vgremove", "-f", "-y", lvm.GROUP], check=False, capture_output=True)
     for disk in found:
         subprocess.run(["wipefs", "-q", "-a", disk], check=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from hpmapper.drivers.devicemapper import DeviceMapperDriver, parse, thin
+from hpmapper.drivers.devicemapper.admin import Severity, grow, repair, watch
 from hpmapper.errors import FailedPrecondition, InvalidArgument, NoSpace, Unsupported
 from hpmapper.kernel import dm, fs, loop, mount
 from hpmapper.layer.stream import Expected
@@ -25,7 +28,7 @@ from tests.kernel.test_devicemapper import attached
 pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm")]
 
 _MIB = 1 << 20
-_ONE, _TWO, _THREE = (SnapshotId(number) for number in (1, 2, 3))
+_ONE, _TWO, _THREE, _LATE = (SnapshotId(number) for number in (1, 2, 3, 100))
 
 
 def _no_object(_: ObjectDigest) -> bool:
@@ -361,3 +364,59 @@ def test_a_size_of_its_own(tmp_path: Path) -> None:
         assert seen.f_blocks * seen.f_frsize > 900 * _MIB
         assert fs.filesystem_name(driver.root(_ONE)) == "xfs"
         driver.remove(_ONE)
+
+
+def _write_blocks(device: Path, blocks: range) -> None:
+    """4 KiB into each of these blocks of 64 KiB, past the page cache."""
+    page = mmap.mmap(-1, 4096)
+    page.write(b"x" * 4096)
+    fd = os.open(device, os.O_WRONLY | os.O_DIRECT)
+    try:
+        for block in blocks:
+            os.pwritev(fd, [page], block << 16)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _copy_and_write(driver: DeviceMapperDriver, made: list[SnapshotId]) -> None:
+    """Each copy, written here and there, takes a copy of nearly the whole tree of mappings."""
+    for number in range(2, 60):
+        made.append(SnapshotId(number))
+        driver.prepare(made[-1], [_ONE])
+        _write_blocks(driver.as_block(made[-1]).path, range(0, 8000, 60))
+        driver.unmount(made[-1])
+
+
+def test_full_metadata(tmp_path: Path) -> None:
+    """The pool goes read-only, and everybody says why and what to do; after that has been done all goes on."""
+    with attached(tmp_path / "d", loopmetadatasize="2M", min_free_space="0%") as driver:
+        pool = driver.devices.pool
+        driver.prepare(_ONE, [])
+        _write_blocks(driver.as_block(_ONE).path, range(8000))
+        driver.unmount(_ONE)
+        made = [_ONE]
+        with pytest.raises((OSError, FailedPrecondition)):
+            _copy_and_write(driver, made)
+        assert thin.pool_status(pool).mode is thin.Mode.READ_ONLY
+        found = watch(driver.devices, 80, 90)
+        assert found.severity is Severity.CRITICAL
+        assert "the pool is read-only" in found.remarks
+        with pytest.raises(FailedPrecondition, match=r"is read-only.*hpmapper pool repair"):
+            driver.prepare(_LATE, [])
+        with pytest.raises(FailedPrecondition, match=r"is read-only.*hpmapper pool repair"):
+            driver.remove(_ONE)
+        for number in made:
+            driver.unmount(number)
+        assert re.search("flag .* is cleared|was rebuilt", repair(driver.devices))
+        driver.devices.backing.bring_up(driver.devices.device_set.block, first=False)
+        grow(driver.devices, "", "32M", None)
+        driver.attach()
+        assert thin.pool_status(pool).mode is thin.Mode.WRITE
+        assert watch(driver.devices, 80, 90).severity is Severity.OK
+        driver.prepare(_LATE, [])
+        assert driver.mount(_LATE, []).is_dir()
+        for number in (*made, _LATE):
+            driver.remove(number)
+        with driver.devices.metadata() as (known, root):
+            assert known.devices(root).keys() == {0}

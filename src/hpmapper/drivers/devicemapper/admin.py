@@ -24,6 +24,9 @@ from hpmapper.kernel import dm, fs, mount, sync
 from hpmapper.pool.base import CheckReport
 from hpmapper.pool.tools import run_tool
 
+_USEFUL_METADATA = 16 << 30
+"""More metadata than this no pool uses (Linux: THIN_METADATA_MAX_SECTORS)."""
+
 
 class Severity(IntEnum):
     """As monitoring plugins end (Nagios and those after it)."""
@@ -197,8 +200,8 @@ def _rebuild(found: backing.Loop | backing.Raw) -> str:
         )
     damaged = found.files().metadata
     mended = damaged.with_name("metadata.repaired")
-    with mended.open("wb") as file:
-        os.truncate(file.fileno(), damaged.stat().st_size)
+    with mended.open("wb") as file:  # twice as large: it may be that it was full
+        os.truncate(file.fileno(), max(damaged.stat().st_size, min(2 * damaged.stat().st_size, _USEFUL_METADATA)))
     mended.chmod(0o600)
     run_tool(["thin_repair", "-i", damaged, "-o", mended])
     sync.fdatasync(mended)

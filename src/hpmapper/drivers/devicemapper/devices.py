@@ -120,7 +120,8 @@ class Devices:
             self.records.remember(self._set)
             faults.point("dm.set-recorded")
         first = not self._set.initialized
-        if dm.find(self.pool) is None:
+        # A set-up by LVM that was cut short may have left a device of that name that is no pool yet.
+        if dm.find(self.pool) is None or (first and self._set.kind == "lvm"):
             self.backing.bring_up(self._set.block, first=first)
         self._require_writable()
         if first:

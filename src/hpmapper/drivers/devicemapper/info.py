@@ -9,7 +9,7 @@ from hpmapper.drivers.devicemapper import backing, thin
 from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.units import human_size
 from hpmapper.errors import HpmapperError
-from hpmapper.kernel import dm, loop
+from hpmapper.kernel import dm
 from hpmapper.model import Space
 
 
@@ -88,7 +88,9 @@ def _device_names(pool: str) -> tuple[str, str]:
     except (HpmapperError, OSError):
         return "", ""
     found = backing.node(table.data), backing.node(table.metadata)
-    return (str(found[0]), str(found[1])) if all(loop.status(path) for path in found) else ("", "")
+    if not all(path.name.startswith("loop") for path in found):
+        return "", ""
+    return str(found[0]), str(found[1])
 
 
 def _yes(value: bool) -> str:

@@ -8,6 +8,7 @@ by `tear_down`. LVM is told through its tools, whose metadata is theirs; what th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -62,6 +63,7 @@ def set_up(home: Path, wanted: DirectLvm) -> None:
         _lvm("pvcreate", "-y", "-f", str(device))
         faults.point("lvm.volume-made")
     if not _has("vgs", GROUP):
+        _clear_stale_links()
         _lvm("vgcreate", GROUP, str(device))
         faults.point("lvm.group-made")
     _make_pool(values)
@@ -70,6 +72,17 @@ def set_up(home: Path, wanted: DirectLvm) -> None:
     _lvm("lvchange", "--metadataprofile", POOL, f"{GROUP}/{VOLUME}")
     _lvm("lvchange", "--monitor", "y", f"{GROUP}/{VOLUME}")
     faults.point("lvm.monitored")
+
+
+def _clear_stale_links() -> None:
+    """Without udev nobody removes a group's links to volumes that are gone, and LVM refuses a name that is in /dev."""
+    directory = Path("/dev", GROUP)
+    if directory.is_dir():
+        for link in directory.iterdir():
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+        with contextlib.suppress(OSError):  # what is left is somebody's, and LVM will say so
+            directory.rmdir()
 
 
 def _make_pool(values: DirectLvm) -> None:
