@@ -48,18 +48,19 @@ def slow_device(file: Path, target: Path, *, seconds: float = 0.001, rate: float
     try:
         options = {"fd": str(fuse), "rootmode": "100000", "user_id": "0", "group_id": "0", "max_read": str(_MAX)}
         mount.filesystem("fuse", "slow", target, options=options)
+        os.close(fuse)  # the server alone has it: with its end requests fail, instead of waiting for ever
         try:
             with loop.attached(target, block_size=4096) as device:
                 yield device
         finally:
             mount.umount(target, lazy=True)
     finally:
-        os.close(fuse)
         os.kill(server, signal.SIGKILL)
         os.waitpid(server, 0)
 
 
 def _serve(fuse: int, file: int, seconds: float, rate: float) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all: whoever mounted must end first
     try:
         server = _Server(fuse, file, seconds, rate)
         threads = [threading.Thread(target=server.run, daemon=True) for _ in range(_THREADS)]

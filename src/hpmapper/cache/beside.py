@@ -77,8 +77,9 @@ def _child(act: Callable[[Side], None], side: Side) -> NoReturn:
         _close_all_but({0, 1, 2, side.told, side._say_ready})
         act(side)
         status = 0
-    except Exception:
-        log.warning("a helper process failed", exc_info=True)
+    except Exception as error:
+        log.warning("a start's profile is neither recorded nor read ahead: %s", error)
+        log.debug("", exc_info=True)
     finally:
         os._exit(status)
 

@@ -10,6 +10,7 @@ Only contents tell; for comparison, not for dropping.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from blake3 import blake3
 from hpmapper.cache.activity import Work
 from hpmapper.cache.count import count_open, opened, regular_files
 from hpmapper.cache.inventory import Inventory
+from hpmapper.errors import Unsupported
 from hpmapper.kernel import fiemap
 from hpmapper.kernel.cachestat import cachestat
 from hpmapper.kernel.mincore import PAGE, Run, resident
@@ -68,7 +70,11 @@ def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) ->
     Of the copies of one block the one stays that is read most: the object's, while a live container reads it there;
     then that of the busiest container (`work`: of each live one; by default all are taken for idle). An object that
     every reader has copied up comes last: nobody reads it there any more.
+
+    Raises:
+        Unsupported: the kernel has no cachestat(2), without which nobody knows what is dirty.
     """
+    _require_cachestat()
     own = list(_own_files(inventory))
     if not own:
         return []
@@ -84,6 +90,15 @@ def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) ->
     orphaned = [file for file in shared if readers.get(file.path, 0) <= len(copies[file.path])]
     own.sort(key=lambda file: _rank(file.owner, inventory, work or {}), reverse=True)
     return _beyond_first([*left, *own, *orphaned])
+
+
+def _require_cachestat() -> None:
+    try:
+        cachestat("/")  # of a directory: no pages, and no error
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        raise Unsupported("this kernel cannot tell which cached pages are dirty", hint="Linux 6.5 or newer") from None
 
 
 def _rank(owner: SnapshotId | None, inventory: Inventory, work: Mapping[SnapshotId, Work]) -> tuple[bool, Work]:

@@ -22,6 +22,7 @@ from hpmapper.cli import output
 from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.session import Session, session
 from hpmapper.cli.state import State, json_option, pass_state
+from hpmapper.errors import Unsupported
 from hpmapper.image import reference
 from hpmapper.meta import snapshots
 from hpmapper.model import ObjectDigest
@@ -67,8 +68,16 @@ def stat_(state: State, image: str | None, container: str | None, top: int | Non
             output.show(state, facts, lambda: _files_text(files))
             return
         facts = _facts(cache_stat(inventory, opened.engine.driver))
-        facts["duplicates"] = sum(one.size for one in twice.find(inventory))
+        facts["duplicates"] = _cached_twice(inventory)
     output.show(state, facts, lambda: _text(facts))
+
+
+def _cached_twice(inventory: Inventory) -> int | None:
+    """Bytes; None where the kernel cannot tell."""
+    try:
+        return sum(one.size for one in twice.find(inventory))
+    except Unsupported:
+        return None
 
 
 def _counts(counts: Counts) -> dict[str, int]:
