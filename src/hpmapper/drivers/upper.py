@@ -221,6 +221,7 @@ class UpperDriver:
         """
         upper = str(self._sealed(layer))
         if os.path.isdir(upper):
+            self.unmount(layer)  # a view has its own upper for a lower layer
             if mountinfo.is_lower(upper):
                 raise FailedPrecondition(f"layer {layer} is in use", hint="stop the containers that were made on it")
             UpperDriver.remove(self, layer)
