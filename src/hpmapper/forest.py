@@ -19,8 +19,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, ParamSpec, Protocol, TypeVar, cast
 
 from hpmapper import faults
 from hpmapper.drivers.base import MountSpec, Progress
@@ -64,6 +65,9 @@ _HIDDEN = "applied:"
 
 Labels = Mapping[str, str]
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True, slots=True)
 class Info:
@@ -95,6 +99,21 @@ class Watcher(Protocol):
     def removed(self, snapshot: Snapshot) -> None: ...
 
 
+def _told_outside(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A method of `Forest` whose errors name snapshots as the owner does, without what the database has before it."""
+
+    @wraps(method)
+    def told(*arguments: _P.args, **named: _P.kwargs) -> _T:
+        try:
+            return method(*arguments, **named)
+        except HpmapperError as error:
+            forest = cast(Forest, arguments[0])
+            error.message = error.message.replace(forest.prefix, "")
+            raise
+
+    return told
+
+
 class Forest:
     """One owner's snapshots. For use by several threads."""
 
@@ -102,7 +121,7 @@ class Forest:
         """`watcher` is told what there is to be done later."""
         self.engine = engine
         self._db = engine.db
-        self._prefix = f"{owner}:"
+        self.prefix = f"{owner}:"
         self._watcher = watcher
 
     # Looking.
@@ -116,7 +135,7 @@ class Forest:
         """Yield every snapshot of the owner, as at one moment."""
         with self._db.reading():
             labels = snapshots.all_labels(self._db)
-            found = list(snapshots.walk_prefix(self._db, self._prefix))
+            found = list(snapshots.walk_prefix(self._db, self.prefix))
             keys = {one.id: self._outer(one.key) for one in found}
             parents = [self._parent_key(one) if one.parent not in keys else keys[one.parent] for one in found]
         for one, parent in zip(found, parents, strict=True):
@@ -134,6 +153,7 @@ class Forest:
         snapshot = self.get(key)
         return Usage(0, 0) if snapshot.kind is Kind.VIEW else self.engine.usage(snapshot)
 
+    @_told_outside
     def mounts(self, key: str) -> MountSpec:
         """What is to be mounted to get at an active snapshot or a view; made now if it is not there (after a reboot).
 
@@ -145,6 +165,7 @@ class Forest:
 
     # Growing.
 
+    @_told_outside
     def prepare(
         self, key: str, parent: str, labels: Labels, kind: Kind = Kind.ACTIVE, *, size: int | None = None
     ) -> Recorded:
@@ -169,14 +190,12 @@ class Forest:
         def label(transaction: Transaction, snapshot: SnapshotId) -> None:
             snapshots.add_labels(transaction, snapshot, labels)
 
-        try:
-            recorded = self.engine.record(inner, below, kind, label, size=size or _size_limit(labels, kind))
-        except AlreadyExists:
-            raise AlreadyExists(f"snapshot {key!r} exists already") from None
+        recorded = self.engine.record(inner, below, kind, label, size=size or _size_limit(labels, kind))
         if (watcher := self._watcher) and TARGET_LABEL in labels:
             self._db.afterwards(lambda: watcher.unpacking(recorded.snapshot))
         return recorded
 
+    @_told_outside
     def first_mounts(self, recorded: Recorded) -> MountSpec:
         """What is to be mounted of a snapshot that was just recorded; it is taken back if that cannot be made."""
         self.engine.make(recorded, finish=False)
@@ -202,6 +221,7 @@ class Forest:
             snapshots.touch(transaction, found.id)
         return self.stat(key)
 
+    @_told_outside
     def commit(self, name: str, key: str, labels: Labels, parent: str = "", *, quick: bool = False) -> bool:
         """Make a committed snapshot of an active one, under a name; what was written or applied is its layer.
 
@@ -233,9 +253,7 @@ class Forest:
             self._record_commit(settle, None)
         elif quick:
             return False
-        elif active.applied is not None and self._is_untouched(active):
-            self._record_commit(settle, None)
-        else:
+        else:  # also what was mounted after a layer was applied: attributes of its root alone may have been changed
             self._commit_written(active, settle)
         faults.point("forest.committed")
         if watcher := self._watcher:
@@ -280,12 +298,18 @@ class Forest:
             raise InvalidArgument(f"the snapshot has the parent {self._outer(below.key)!r}, not {parent!r}")
         if wanted.kind is not Kind.COMMITTED:
             raise FailedPrecondition(f"parent {parent!r} is not committed")
-        if below is None and (active.applied is None or snapshots.layer(self._db, active.applied).bound):
+        if below is None and not self._is_movable(active.applied):
             raise FailedPrecondition(
                 f"the layer cannot be moved onto {parent!r}: it was read without what lies below it",
                 hint="prepare it on its parent; containerd does without the capability rebase",
             )
         return wanted
+
+    def _is_movable(self, applied: SnapshotId | None) -> bool:
+        """Whether a layer that was read on top of nothing is the same on top of something."""
+        if applied is None or not self.engine.driver.capabilities.shares_layers:
+            return False
+        return not snapshots.layer(self._db, applied).bound
 
     def _settle(
         self,
@@ -318,6 +342,7 @@ class Forest:
         if diff_id and (below is None or lower is not None):
             snapshots.set_chain_id(transaction, snapshot, chain_id(lower, diff_id))
 
+    @_told_outside
     def remove(self, key: str) -> None:
         """Remove a snapshot of any kind from the forest; what it occupied is freed later.
 
@@ -325,15 +350,12 @@ class Forest:
             NotFound: there is none. FailedPrecondition: it has children.
         """
         snapshot = self.get(key)
-        try:
-            with self._db.transaction() as transaction:
-                snapshots.begin_removal(transaction, snapshot, None)
-                if snapshot.kind is Kind.COMMITTED:
-                    snapshots.forget_hidden(transaction, f"{_HIDDEN}{snapshot.id}")
-                elif snapshot.applied is not None:
-                    snapshots.forget_applied(transaction, snapshot.id)
-        except FailedPrecondition as error:
-            raise FailedPrecondition(error.message.replace(self._prefix, "")) from None
+        with self._db.transaction() as transaction:
+            snapshots.begin_removal(transaction, snapshot, None)
+            if snapshot.kind is Kind.COMMITTED:
+                snapshots.forget_hidden(transaction, f"{_HIDDEN}{snapshot.id}")
+            elif snapshot.applied is not None:
+                snapshots.forget_applied(transaction, snapshot.id)
         faults.point("forest.removed")
         if watcher := self._watcher:
             self._db.afterwards(lambda: watcher.removed(snapshot))
@@ -350,7 +372,7 @@ class Forest:
             found = snapshots.by_id(self._db, snapshot)
         except NotFound:
             return None
-        mine = found.key.startswith(self._prefix) and found.kind is not Kind.COMMITTED
+        mine = found.key.startswith(self.prefix) and found.kind is not Kind.COMMITTED
         return found if mine else None
 
     def key_of(self, snapshot: Snapshot) -> str:
@@ -390,6 +412,7 @@ class Forest:
         """Whether a snapshot shows its parent and nothing else."""
         return snapshot.applied is None and self._is_untouched(snapshot)
 
+    @_told_outside
     def apply(
         self, snapshot: Snapshot, open_blob: Callable[[], BinaryIO], expect: Expected, progress: Progress | None = None
     ) -> Applied:
@@ -437,8 +460,11 @@ class Forest:
             raise Unsupported(f"what lies below {self._outer(snapshot.key)!r} stays a directory: {error}") from error
 
     def _is_untouched(self, snapshot: Snapshot) -> bool:
-        """Whether nothing was written to a snapshot, not even attributes of its root."""
-        return not self.engine.driver.has(snapshot.id) or next(self.engine.changes(snapshot), None) is None
+        """Whether nothing was written to a snapshot, but perhaps attributes of its root."""
+        driver = self.engine.driver
+        if not driver.has(snapshot.id) or driver.is_untouched(snapshot.id):
+            return True
+        return next(self.engine.changes(snapshot), None) is None
 
     def _take_known(self, snapshot: Snapshot, layer: SnapshotId) -> bool:
         """Let a layer that is here be what a snapshot holds; False: it has just gone."""
@@ -482,7 +508,7 @@ class Forest:
 
     def _stands_for(self, known: Snapshot, target: str, parent: Snapshot | None) -> bool:
         """Whether containerd will find a committed snapshot when it looks for `target` on `parent`."""
-        mine = known.key.startswith(self._prefix) and known.parent == (parent.id if parent else None)
+        mine = known.key.startswith(self.prefix) and known.parent == (parent.id if parent else None)
         return mine and snapshots.labels(self._db, known.id).get(TARGET_LABEL) == target
 
     def _commit_known(self, name: str, parent: Snapshot | None, layer: SnapshotId, labels: Labels) -> None:
@@ -495,10 +521,10 @@ class Forest:
     # Names.
 
     def _inner(self, key: str) -> str:
-        return self._prefix + key
+        return self.prefix + key
 
     def _outer(self, key: str) -> str:
-        return key.removeprefix(self._prefix)
+        return key.removeprefix(self.prefix)
 
     def _checked(self, key: str) -> str:
         if not key or len(key.encode()) > MAX_KEY:

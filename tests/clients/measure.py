@@ -34,7 +34,9 @@ class Side:
         self.snapshotter = snapshotter
         self.reference = reference
         self.times: dict[str, list[float]] = {}
-        self.containerd.pull(reference, snapshotter, "warming-up")  # the server then has all that it keeps while it runs
+        self.containerd.pull(
+            reference, snapshotter, "warming-up"
+        )  # the server then has all that it keeps while it runs
         self.containerd.remove_images("warming-up")
         time.sleep(5)
         self.empty = left(containerd)

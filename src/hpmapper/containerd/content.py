@@ -43,8 +43,10 @@ class ContentStore:
     def require(self) -> None:
         """Raise Unsupported if containerd cannot be reached: then only its own differ can help."""
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=_CONNECT_SECONDS)
-        except grpc.FutureTimeoutError:
+            self._info(api.InfoRequest(), timeout=_CONNECT_SECONDS, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if _code(error) not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                return  # it refuses to answer that, but it answers
             raise Unsupported(
                 f"containerd's content store cannot be reached at {self._address}",
                 hint="hpmapper serve --containerd-address names containerd's socket",
