@@ -199,7 +199,7 @@ def test_containers_outlive_docker(host: DockerHost) -> None:
 
 
 def test_limits_are_refused_not_ignored(host: DockerHost) -> None:
-    assert "not supported" in host.refused("run", "--network=none", "--storage-opt=size=1G", "base", "true")
+    assert "limit" in host.refused("run", "--network=none", "--storage-opt=size=1G", "base", "true")
 
 
 def test_the_root_is_as_with_overlay2(host: DockerHost, pool: Path, request: pytest.FixtureRequest) -> None:

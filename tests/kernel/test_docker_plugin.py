@@ -20,6 +20,7 @@ from hpmapper.config import Config
 from hpmapper.docker.plugin import serving
 from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.kernel.mountinfo import is_mountpoint
 from hpmapper.root import open_root
 from hpmapper.testing.tars import folder, member, tar
 
@@ -109,9 +110,12 @@ class Behind:
         self.caretaker = Caretaker(engine)
 
 
-@pytest.fixture(params=["overlay", "hpmapper", "vfs"])
+POOLS = {"hpmapper": ["pool.size=400M"], "btrfs": ["pool.size=400M", "pool.fs=btrfs"]}
+
+
+@pytest.fixture(params=["overlay", "hpmapper", "btrfs", "vfs"])
 def behind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Behind]:
-    options = ["min_free_space=0"] + (["pool.size=400M"] if request.param == "hpmapper" else [])
+    options = ["min_free_space=0", *POOLS.get(request.param, [])]
     config = Config(root=tmp_path / "root", driver=request.param).with_options(options)
     with open_root(config) as opened:
         yield Behind(opened.engine)
@@ -227,14 +231,14 @@ def test_a_root_stays_for_its_last_user(docker: Docker, behind: Behind) -> None:
     root = docker.get("c")
     assert docker.get("c") == root
     docker.ask("Put", ID="c")
-    assert os.path.ismount(root) == mounts
+    assert is_mountpoint(root) == mounts
     docker.ask("Put", ID="c")
-    assert not os.path.ismount(root)
+    assert not is_mountpoint(root)
     docker.ask("Put", ID="c")  # one too many
     assert docker.get("c") == root
-    assert os.path.ismount(root) == mounts
+    assert is_mountpoint(root) == mounts
     docker.ask("Cleanup")
-    assert not os.path.ismount(root)
+    assert not is_mountpoint(root)
 
 
 def test_a_restart_keeps_what_is_mounted(docker: Docker, behind: Behind, tmp_path: Path) -> None:
@@ -245,9 +249,9 @@ def test_a_restart_keeps_what_is_mounted(docker: Docker, behind: Behind, tmp_pat
         again = Docker(tmp_path / "second.sock")
         assert again.get("c") == root
         again.ask("Put", ID="c")
-        assert os.path.ismount(root) == behind.engine.driver.capabilities.mounts  # for the container of before
+        assert is_mountpoint(root) == behind.engine.driver.capabilities.mounts  # for the container of before
         again.ask("Put", ID="c")
-    assert not os.path.ismount(root)
+    assert not is_mountpoint(root)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 from hpmapper.errors import AlreadyExists, FailedPrecondition, NotFound, Unsupported
 from hpmapper.forest import Forest
+from hpmapper.kernel.mountinfo import is_mountpoint
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Snapshot
@@ -47,6 +49,7 @@ class Layers:
         self._engine = forest.engine
         self._lock = threading.RLock()  # for the users' counts, and for what becomes a parent
         self._users: dict[str, int] = {}
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     # Making and removing.
 
@@ -87,7 +90,7 @@ class Layers:
         Raises:
             FailedPrecondition: it has children.
         """
-        with self._lock:
+        with self._lock_of(layer), self._lock:
             self._users.pop(layer, None)
             for key in (_seen(layer), _written(layer), _complete(layer)):
                 if self._find(key):
@@ -105,13 +108,19 @@ class Layers:
             FailedPrecondition: it is complete already. Unsupported: it was written to before.
             Corrupt, InvalidArgument, NoSpace: as `Engine.ingest`; the layer stays empty.
         """
-        snapshot = self._get(layer)
-        if snapshot.kind is not Kind.ACTIVE:
-            raise FailedPrecondition(f"layer {layer} is complete already")
-        self._require_parent(layer, snapshot, parent)
-        applied = self._forest.apply(snapshot, lambda: tar, Expected())
-        self._finish(layer)
+        with self._lock_of(layer):  # a call that broke off may not be at its end yet when Docker tries again
+            snapshot = self._get(layer)
+            if snapshot.kind is not Kind.ACTIVE:
+                raise FailedPrecondition(f"layer {layer} is complete already")
+            self._require_parent(layer, snapshot, parent)
+            applied = self._forest.apply(snapshot, lambda: tar, Expected())
+            self._finish(layer)
         return applied.tar_size
+
+    def _lock_of(self, layer: str) -> threading.Lock:
+        """A layer's own lock, there as long as somebody has it."""
+        with self._lock:
+            return self._locks.setdefault(layer, threading.Lock())
 
     def _finish(self, layer: str) -> None:
         """Commit a layer that is being written, if it is not complete yet."""
@@ -163,7 +172,7 @@ class Layers:
         """How many use a root. What was mounted before this process began has one user that we have not seen."""
         if layer not in self._users:
             root = self._engine.driver.root(self._forest.get(key).id)
-            self._users[layer] = 1 if os.path.ismount(root) else 0
+            self._users[layer] = int(is_mountpoint(root))
         return self._users[layer]
 
     def _take_away(self, key: str) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from hpmapper.kernel.fs import filesystem_magic
 from hpmapper.kernel.mountinfo import is_mountpoint
+from hpmapper.kernel.sync import syncfs
 from hpmapper.kernel.syscall import AnyPath, ioctl, ior, iow, iowr, opened
 
 MAGIC = 0x9123683E
@@ -25,8 +26,6 @@ _SNAP_CREATE_V2 = iow(_MAGIC, 23, 4096)
 _SUBVOL_CREATE_V2 = iow(_MAGIC, 24, 4096)
 _SUBVOL_GETFLAGS = ior(_MAGIC, 25, 8)
 _SUBVOL_SETFLAGS = iow(_MAGIC, 26, 8)
-_WAIT_SYNC = iow(_MAGIC, 22, 8)
-_START_SYNC = ior(_MAGIC, 24, 8)
 _GET_SUBVOL_INFO = ior(_MAGIC, 60, 504)
 _SNAP_DESTROY_V2 = iow(_MAGIC, 63, 4096)
 
@@ -161,14 +160,6 @@ def count_inodes(path: AnyPath | int) -> int:
         return sum(item.type == _INODE_ITEM_KEY for tree in trees for item in search(fd, tree))
 
 
-def commit(path: AnyPath | int) -> None:
-    """End the present transaction: what was changed can be found in the trees. Unlike syncfs, no data is written."""
-    with opened(path) as fd:
-        transaction = bytearray(8)
-        ioctl(fd, _START_SYNC, transaction)
-        ioctl(fd, _WAIT_SYNC, transaction)
-
-
 def changed_inodes(path: AnyPath | int, since: int) -> set[int]:
     """The inodes of a subvolume that were made or changed after a transaction, and the directories above them.
 
@@ -176,7 +167,9 @@ def changed_inodes(path: AnyPath | int, since: int) -> set[int]:
     that of what was changed, not of what is there.
     """
     with opened(path) as fd:
-        commit(fd)
+        # What was written into a file changes its inode in the tree only when the data is on its way: to end the
+        # present transaction is not enough.
+        syncfs(fd)
         changed = set()
         for item in search(fd, 0, newer_than=since):
             if item.type == _INODE_ITEM_KEY and _INODE_ITEM.unpack_from(item.data)[1] > since:

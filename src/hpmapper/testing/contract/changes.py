@@ -116,6 +116,14 @@ def small_files_written_in_place(subject: Subject) -> None:
     )
 
 
+def written_just_now(subject: Subject) -> None:
+    """Data that is in memory only, of a file of which nothing else has been touched: `apply` would set its times."""
+    container, root = subject.opened(_steps(subject, [file("large", _LARGE)]))
+    with (root / "large").open("r+b") as large:
+        large.write(b"changed")
+    assert subject.changes(container) == ["C /large"]
+
+
 def directories_removed(subject: Subject) -> None:
     """A tree goes; its siblings of like names stay."""
     alike = [directory("d"), file("d/in", b"1"), file("d.x", b"2"), directory("d!"), file("d!/in", b"3")]
@@ -446,6 +454,7 @@ CASES: tuple[Case, ...] = (
     nothing_changed,
     files_truncated_and_overwritten,
     small_files_written_in_place,
+    written_just_now,
     directories_removed,
     files_renamed,
     directories_renamed,
