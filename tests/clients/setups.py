@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpmapper.bench import gobuild
+from hpmapper.store import workspace
 from tests.clients import servers, trees
 from tests.clients.containerd import ELSEWHERE, NAMESPACE, ROOT, Containerd, Setup
 from tests.clients.machine import Machine
@@ -21,6 +22,8 @@ RECLAIM_TIMEOUT = 60.0
 CGROUPS = Path("/sys/fs/cgroup")
 
 OBJECTS = re.compile(rf"{re.escape(ROOT)}/pool/o/[0-9a-f]{{2}}")
+
+WORKSPACE = re.compile(rf"{re.escape(ROOT)}/.*/t/[0-9a-f]{{16}}")
 
 BUILDKIT = "docker"
 """The control group that BuildKit in dockerd takes for what it builds."""
@@ -77,7 +80,8 @@ def _found_groups() -> set[Path]:
 def left(containerd: Containerd) -> set[str]:
     """Mounts and directories of the snapshotter; what is in a mount is not looked at.
 
-    Of the directories that objects are spread over, which stay, the objects count.
+    Of the directories that objects are spread over, which stay, the objects count; and of a living daemon's workspace,
+    which comes with its first layer, what is in it.
     """
     top = containerd.machine.path(ROOT)
     mounts = set(containerd.machine.mounts(ROOT))
@@ -87,7 +91,8 @@ def left(containerd: Containerd) -> set[str]:
         if OBJECTS.fullmatch(inside):
             found.update(f"object {inside}/{name}" for name in files)
             continue
-        found.add(f"directory {inside}")
+        if not (WORKSPACE.fullmatch(inside) and workspace.is_alive(Path(here).parent, Path(here).name)):
+            found.add(f"directory {inside}")
         directories[:] = [name for name in directories if f"{inside}/{name}" not in mounts]
     return found
 
