@@ -151,7 +151,7 @@ class UpperDriver:
         top = f"{self.home}/a/{snapshot}"
         with lock.exclusive(top):  # two live mounts of one upper would corrupt it (design trap 13)
             if not self._is_mounted(f"{top}/m"):
-                require_in_force(self._limits, Path(top))
+                require_in_force(self._limits, top)
                 with ExitStack() as stack:
                     layer = _Mapper(ids, top, stack) if ids else _as_it_is
                     self._mount(top, self._stack(chain), read_only, layer)

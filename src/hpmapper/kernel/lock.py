@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from hpmapper.kernel.syscall import AnyPath, fail, opened
 
@@ -52,7 +51,7 @@ def _held(path: AnyPath | int, operation: int, timeout: float | None) -> Iterato
 
 
 def _open_flags(path: AnyPath | int) -> int:
-    if isinstance(path, int) or Path(os.fsdecode(path)).is_dir():
+    if isinstance(path, int) or os.path.isdir(path):
         return os.O_RDONLY
     return os.O_RDWR | os.O_CREAT
 
