@@ -26,6 +26,8 @@ from tests.cacheroot import MIB, CacheRoot, cache_root
 pytestmark = pytest.mark.kernel
 
 SIZE = 16 * MIB
+SLACK = MIB
+"""The machine may take back some pages at any time."""
 BIG = random.Random(6).randbytes(SIZE)
 BUSY = Work(ticks=5, reads=5)
 
@@ -64,12 +66,12 @@ def test_what_object_and_upper_both_cache_is_found_and_dropped(root: CacheRoot) 
     upper = copied_up(root, writer, writer_row.snapshot)
     found = duplicates.find(taken(root))
     assert {one.path for one in found} == {str(upper)}
-    assert sum(one.size for one in found) == SIZE - 4096, "all but the block that was written"
+    assert SIZE - SLACK <= sum(one.size for one in found) <= SIZE - 4096, "all but the block that was written"
     done = trim(found, {})
     assert done.kept == 0
-    assert done.dropped >= SIZE - 4096
+    assert done.dropped >= SIZE - SLACK
     assert count(upper).cached <= 4096
-    assert count(object_of(root)).cached == SIZE, "one copy stays"
+    assert count(object_of(root)).cached >= SIZE - SLACK, "one copy stays"
     assert duplicates.find(taken(root)) == []
     assert (writer / "big").read_bytes() == BIG[:MIB] + b"w" * 4096 + BIG[MIB + 4096 :]
 
@@ -127,10 +129,10 @@ def test_idle_containers_go_first_and_the_limit_holds(root: CacheRoot) -> None:
     assert part.busy == 0
     rest = trim(duplicates.find(taken(root), work), work, busy=False)
     assert rest.busy == 0
-    assert rest.passed >= SIZE - 4096
+    assert rest.passed >= SIZE - SLACK
     assert count(of_idle).cached <= 4096
-    assert count(of_busy).cached == SIZE
-    assert trim(duplicates.find(taken(root), work), work).busy >= SIZE - MIB
+    assert count(of_busy).cached >= SIZE - SLACK
+    assert trim(duplicates.find(taken(root), work), work).busy >= SIZE - 2 * SLACK
 
 
 def test_an_object_that_every_reader_copied_up_goes_before_the_busy_copy(root: CacheRoot) -> None:
@@ -141,7 +143,7 @@ def test_an_object_that_every_reader_copied_up_goes_before_the_busy_copy(root: C
     found = duplicates.find(taken(root), {row.snapshot: BUSY})
     assert {one.path for one in found} == {object_of(root)}
     trim(found, {row.snapshot: BUSY})
-    assert count(upper).cached == SIZE
+    assert count(upper).cached >= SIZE - SLACK
     assert count(object_of(root)).cached <= 4096, "the block that the container has replaced"
 
 
@@ -164,7 +166,7 @@ def test_pages_mapped_by_a_process_stay(root: CacheRoot) -> None:
         assert sum(mapped[start] for start in range(0, SIZE, 4096)) >= 0  # touch every page
         done = trim(duplicates.find(taken(root)), {})
         assert done.dropped == 0
-        assert done.kept >= SIZE - 4096
+        assert done.kept >= SIZE - SLACK
 
 
 def test_subvolumes_cache_shared_extents_once_for_each_container(tmp_path: Path) -> None:
@@ -174,8 +176,8 @@ def test_subvolumes_cache_shared_extents_once_for_each_container(tmp_path: Path)
         for path in mounted:
             assert (path / "big").read_bytes() == BIG
         found = duplicates.find(taken(root))
-        assert sum(one.size for one in found) >= 2 * SIZE
-        assert trim(found, {}).dropped >= 2 * SIZE
+        assert sum(one.size for one in found) >= 2 * (SIZE - SLACK)
+        assert trim(found, {}).dropped >= 2 * (SIZE - SLACK)
         assert duplicates.find(taken(root)) == []
 
 
@@ -237,6 +239,6 @@ def test_the_commands(tmp_path: Path) -> None:
 
         assert "writer" in said("duplicates")
         assert "cached twice" in said("stat")
-        assert json.loads(said("trim", "--json"))["idle"] >= SIZE - MIB
+        assert json.loads(said("trim", "--json"))["idle"] >= SIZE - SLACK
         assert said("duplicates").strip() == "nothing is cached twice"
         assert count(upper).cached <= 4096

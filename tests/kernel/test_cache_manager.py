@@ -91,11 +91,11 @@ def test_memory_pressure_of_a_control_group_trims_duplicates(tmp_path: Path, gro
         upper = with_duplicates(root)
         settings = Settings(calm_after=0.2, pause=0.1, dedupe_every=0, groups=[group])
         with managed(root, settings) as manager:
-            assert count(upper).cached == SIZE
+            assert count(upper).cached >= SIZE - MIB
             forget(large)
             time.sleep(0.2)  # until it listens
             squeeze(group, large)
-            until(lambda: manager.counters()["trimmed_idle_bytes"] >= SIZE - 4096, "nothing was trimmed")
+            until(lambda: manager.counters()["trimmed_idle_bytes"] >= SIZE - MIB, "nothing was trimmed")
             assert count(upper).cached <= 4096
             seen = manager.counters()
             assert seen["pressure_events"] >= 1

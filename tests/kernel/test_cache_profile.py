@@ -111,7 +111,7 @@ def test_it_is_read_ahead_at_the_next_cold_start(root: CacheRoot) -> None:
     root.forget()
     with started(root):
         pass
-    until(lambda: sizes(root)["read"] == 2 * MIB)
+    until(lambda: sizes(root)["read"] > MIB)
     seen = sizes(root)
     assert seen["mapped"] > 0
     assert seen["busybox"] > 0

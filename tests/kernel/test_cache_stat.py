@@ -22,6 +22,9 @@ from tests.cacheroot import MIB, CacheRoot, cache_root, forget
 pytestmark = pytest.mark.kernel
 
 BIG, OTHER = os.urandom(8 * MIB), os.urandom(MIB)
+ALMOST = len(BIG) - MIB
+"""Of its bytes: the machine may take back some pages at any time."""
+
 FILES = {"big": BIG, "other": OTHER, **{f"small{number}": b"s" * 500 for number in range(20)}}
 
 
@@ -39,11 +42,11 @@ def test_shared_reads_are_counted_once_and_told_for_each_reader(tmp_path: Path, 
         for _, path in mounted:
             assert (path / "big").read_bytes() == BIG
         after = looked(root)
-        big = {digest: one for digest, one in after.objects.items() if one.cached >= len(BIG)}
-        assert [one.cached for one in big.values()] == [len(BIG)], "one copy for all"
+        big = {digest: one for digest, one in after.objects.items() if one.cached > len(BIG) // 2}
+        assert len(big) == 1, "one copy for all"
         assert after.readers[next(iter(big))] == 3
-        assert after.sharing()[3] - before.sharing().get(3, 0) == len(BIG)
-        assert after.plain_copies - before.plain_copies >= 3 * len(BIG)
+        assert after.sharing()[3] - before.sharing().get(3, 0) >= ALMOST
+        assert after.plain_copies - before.plain_copies >= 3 * ALMOST
         assert after.total.cached - before.total.cached < len(BIG) + MIB
 
 
@@ -92,8 +95,10 @@ def test_other_drivers_files_are_counted_too(tmp_path: Path, driver: str) -> Non
             assert (path / "big").read_bytes() == BIG
         found = looked(root)
         layers, own = (sum(one.cached for one in kind.values()) for kind in (found.layers, found.own))
-        assert (layers, own) == ((len(BIG), 0) if driver == "overlay" else (0, 2 * len(BIG)))
-        assert found.plain_copies == 2 * len(BIG)
+        shared, copied = (layers, own) if driver == "overlay" else (own / 2, layers)
+        assert ALMOST <= shared <= len(BIG)
+        assert copied == 0
+        assert 2 * ALMOST <= found.plain_copies <= 2 * len(BIG)
 
 
 def test_a_file_behind_a_loop_device_without_direct_io_counts(tmp_path: Path) -> None:
@@ -108,7 +113,7 @@ def test_a_file_behind_a_loop_device_without_direct_io_counts(tmp_path: Path) ->
         root.forget()
         forget(image)
         assert (path / "big").read_bytes() == BIG
-        assert looked(root).devices[str(image)].cached >= len(BIG), "what is read through it is cached twice"
+        assert looked(root).devices[str(image)].cached >= ALMOST, "what is read through it is cached twice"
 
 
 def test_runs_agree_with_counts(xfs: Path) -> None:
@@ -150,12 +155,12 @@ def test_the_command(tmp_path: Path) -> None:
 
         whole = facts()
         assert whole["objects"]["count"] == 2
-        assert whole["objects"]["cached"] >= len(BIG)
+        assert whole["objects"]["cached"] >= ALMOST
         assert [one["name"] for one in whole["containers"]] == ["c"]
         assert whole["containers"][0]["cached"] >= 10_000
         assert whole["images"][0]["containers"] == 1
         (top,) = facts("--top", "1")
         assert (top["kind"], top["name"]) == ("object", "docker.io/library/one:latest:/big")
-        assert top["cached"] == len(BIG)
+        assert ALMOST <= top["cached"] <= len(BIG)
         assert [one["name"] for one in facts("--container", "c")] == ["c:/new"]
         assert facts("--image", "one")[0]["name"].endswith(":/big")
