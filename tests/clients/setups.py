@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -68,13 +69,28 @@ def control_groups() -> Iterator[None]:
     before = _found_groups()
     yield
     for group in sorted(_found_groups() - before, reverse=True):
-        group.rmdir()
+        _remove_group(group)
+
+
+def _remove_group(group: Path) -> None:
+    """Remove a control group; its last process may not be quite gone yet, and its runtime may be at it, too."""
+    deadline = time.monotonic() + RECLAIM_TIMEOUT
+    while True:
+        try:
+            return group.rmdir()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def _found_groups() -> set[Path]:
     names = (NAMESPACE, ELSEWHERE, BUILDKIT)
     tops = [top for name in names for top in (*CGROUPS.glob(name), *CGROUPS.glob(f"*/{name}")) if not top.is_symlink()]
-    return {*tops, *(path for top in tops for path in top.rglob("*") if path.is_dir())}
+    # As os.walk does it: groups of others may go while we look.
+    return {*tops, *(Path(here) / name for top in tops for here, below, _ in os.walk(top) for name in below)}
 
 
 def left(containerd: Containerd) -> set[str]:
