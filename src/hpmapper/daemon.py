@@ -23,15 +23,11 @@ from hpmapper.containerd.snapshots import SERVICE as SNAPSHOTS
 from hpmapper.containerd.snapshots import SnapshotService
 from hpmapper.docker import plugin
 from hpmapper.engine import Engine
-from hpmapper.errors import FailedPrecondition
 from hpmapper.forest import Forest
-from hpmapper.kernel import lock
-from hpmapper.root import open_root
+from hpmapper.root import only_daemon, open_root
 from hpmapper.rpc.server import Method, Server
 
 log = logging.getLogger(__name__)
-
-LOCK = "daemon.lock"
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -59,7 +55,7 @@ def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | 
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     _allow_many_files()
     config.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _only_daemon(config.root), open_root(config) as opened:
+    with only_daemon(config.root), open_root(config) as opened:
         engine = opened.engine
         caretaker = Caretaker(engine)
         content = ContentStore(containerd)
@@ -117,21 +113,6 @@ def _allow_many_files() -> None:
     """Every connection is an open file, and so are layers; the soft limit is there for select(2), which is not used."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-@contextmanager
-def _only_daemon(root: Path) -> Iterator[None]:
-    """Hold the root's daemon lock; it tells others who holds it."""
-    try:
-        with lock.exclusive(root / LOCK, timeout=0) as fd:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-            yield
-    except BlockingIOError:
-        pid = (root / LOCK).read_text().strip()
-        raise FailedPrecondition(
-            f"another daemon serves the root at {root}: its pid is {pid}", hint="stop it, or name another --root"
-        ) from None
 
 
 def _listen(server: Server, address: Path) -> None:

@@ -591,11 +591,12 @@ class Engine:
     # Rubbish.
 
     def collect(self, timeout: float = 60) -> Collected:
-        """Remove the images' layers that no image has any more, and the objects that no layer needs.
+        """Remove what was marked for it, the images' layers that no image has, and the objects that no layer needs.
 
         Runs beside everything else; only running ingests are waited for, `timeout` seconds, before objects are removed.
         """
         free = self.driver.space().free
+        self.free_removed()
         with self.db.transaction() as transaction:
             for holder in snapshots.lease_holders(self.db):
                 if not workspace.is_alive(self.driver.scratch, holder.partition("/")[0]):

@@ -27,7 +27,7 @@ from hpmapper.drivers.registry import Registered
 from hpmapper.engine import Engine
 from hpmapper.errors import AlreadyExists, FailedPrecondition, HpmapperError, NotFound, Unsupported
 from hpmapper.kernel import lock
-from hpmapper.meta import images
+from hpmapper.meta import images, snapshots
 from hpmapper.meta.db import Database
 from hpmapper.pool import open_pool
 from hpmapper.pool.base import LOCK_NAME, Pool, PoolConfig, PoolKind
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 DATABASE = "hpmapper.db"
 LOCK = "root.lock"
+DAEMON_LOCK = "daemon.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,12 @@ def remove_root(config: Config, *, force: bool = False) -> None:
     Raises:
         NotFound: it is not there. FailedPrecondition: it is in use, or, without `force`, has images or containers.
     """
+    require_no_daemon(config.root)
     with closing(_database(config, create=False)) as db, lock.exclusive(config.root / LOCK):
         if not force:
             _require_empty(db)
         _remove_storage(config, db)
-    for name in (f"{DATABASE}-shm", f"{DATABASE}-wal", DATABASE, LOCK_NAME, LOCK):
+    for name in (f"{DATABASE}-shm", f"{DATABASE}-wal", DATABASE, LOCK_NAME, LOCK, DAEMON_LOCK):
         (config.root / name).unlink(missing_ok=True)
     try:
         config.root.rmdir()
@@ -103,6 +105,32 @@ def remove_root(config: Config, *, force: bool = False) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
             raise
         # other people's files, or a mount point
+
+
+@contextmanager
+def only_daemon(root: Path) -> Iterator[None]:
+    """Hold the root's daemon lock; it tells others who holds it.
+
+    Raises:
+        FailedPrecondition: a daemon serves the root.
+    """
+    try:
+        with lock.exclusive(root / DAEMON_LOCK, timeout=0) as fd:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+            yield
+    except BlockingIOError:
+        pid = (root / DAEMON_LOCK).read_text().strip()
+        raise FailedPrecondition(
+            f"a daemon serves the root at {root}: its pid is {pid}", hint="stop it, or name another --root"
+        ) from None
+
+
+def require_no_daemon(root: Path) -> None:
+    """Raise FailedPrecondition if a daemon serves the root."""
+    if (root / DAEMON_LOCK).exists():
+        with only_daemon(root):
+            pass
 
 
 def pool_of(config: Config) -> tuple[Database, Pool]:
@@ -223,7 +251,11 @@ def _is_wanted(earlier: PoolConfig, wanted: PoolConfig) -> bool:
 
 
 def _require_empty(db: Database) -> None:
-    present = {"container": len(images.containers(db)), "image": len(images.images(db))}
+    present = {
+        "container": len(images.containers(db)),
+        "image": len(images.images(db)),
+        "snapshot": snapshots.count_of_front_ends(db),
+    }
     if any(present.values()):
         counts = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in present.items() if count)
         raise FailedPrecondition(f"the root has {counts}", hint="remove them first, or all together with --force")

@@ -20,7 +20,7 @@ from hpmapper.drivers.registry import by_name
 from hpmapper.errors import Corrupt, FailedPrecondition, InvalidArgument
 from hpmapper.meta.db import Database
 from hpmapper.pool.base import CheckReport, Pool, PoolFs, parse_size
-from hpmapper.root import make_root, pool_of, remember_pool, remove_root
+from hpmapper.root import make_root, pool_of, remember_pool, remove_root, require_no_daemon
 from hpmapper.runtime import place
 
 _DRIVER, _THIN = "hpmapper", "devicemapper"
@@ -215,6 +215,7 @@ def detach(state: State) -> None:
         with _pool(config) as (_, found):
             if not found.is_attached():
                 return
+    require_no_daemon(config.root)
     require_stopped(config.root)
     with session(state) as opened:
         opened.engine.detach()

@@ -307,8 +307,11 @@ def any_user(db: Database, layer_id: SnapshotId) -> Snapshot | None:
 
 
 def unfinished(db: Database) -> list[tuple[SnapshotId, str | None]]:
-    """(id, owner) of the snapshots that were being made or removed when their owner stopped, or still are."""
-    rows = db.rows("SELECT id, owner FROM snapshot WHERE state <> 'ready'")
+    """(id, owner) of the snapshots that were being made or removed when their owner stopped, or still are.
+
+    The last comes first: what is mounted on others goes before them.
+    """
+    rows = db.rows("SELECT id, owner FROM snapshot WHERE state <> 'ready' ORDER BY id DESC")
     return [(SnapshotId(row[0]), row[1]) for row in rows]
 
 
@@ -425,6 +428,12 @@ def walk_prefix(db: Database, prefix: str) -> Iterator[Snapshot]:
     yield from map(_snapshot, rows)
 
 
+def count_of_front_ends(db: Database) -> int:
+    """How many snapshots belong to front ends, such as containerd."""
+    own = "key LIKE 'sha256:%' OR key LIKE 'applied:%'"
+    return int(db.row(f"SELECT count(*) FROM snapshot WHERE state = 'ready' AND key LIKE '%:%' AND NOT ({own})")[0])
+
+
 def all_labels(db: Database) -> dict[SnapshotId, dict[str, str]]:
     """The labels of every snapshot that has any."""
     found: dict[SnapshotId, dict[str, str]] = {}
@@ -511,8 +520,8 @@ def is_layer(db: Source, number: SnapshotId) -> bool:
 
 
 def removed(db: Database) -> list[SnapshotId]:
-    """Snapshots marked for removal that nobody is at work on."""
-    rows = db.rows("SELECT id FROM snapshot WHERE state = 'removing' AND owner IS NULL")
+    """Snapshots marked for removal that nobody is at work on, the last first: it may be mounted on the others."""
+    rows = db.rows("SELECT id FROM snapshot WHERE state = 'removing' AND owner IS NULL ORDER BY id DESC")
     return [SnapshotId(row[0]) for row in rows]
 
 
