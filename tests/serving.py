@@ -63,12 +63,14 @@ class Client:
         """End the connection."""
         self._channel.close()
 
-    def future(self, name: str, request: Any, answer: Any, *, service: str = "snapshots.v1.Snapshots") -> Any:
+    def future(
+        self, name: str, request: Any, answer: Any, *, service: str = "snapshots.v1.Snapshots", metadata: Any = None
+    ) -> Any:
         """A call under way."""
         call = self._channel.unary_unary(
             f"/containerd.services.{service}/{name}", type(request).SerializeToString, answer.FromString
         )
-        return call.future(request, timeout=SECONDS)
+        return call.future(request, timeout=SECONDS, metadata=metadata)
 
     def _call(self, name: str, request: Any, answer: type[_T], **more: Any) -> _T:
         result: _T = self.future(name, request, answer, **more).result()
@@ -141,7 +143,9 @@ class Client:
 
     def diff(self, left: Sequence[Mount], right: Sequence[Mount], **more: Any) -> Descriptor:
         request = diff_api.DiffRequest(left=left, right=right, **more)
-        found: Descriptor = self._call("Diff", request, diff_api.DiffResponse, service="diff.v1.Diff").diff
+        sent = (("containerd-namespace", "k8s.io"), ("containerd-lease", "l"))
+        answer = self._call("Diff", request, diff_api.DiffResponse, service="diff.v1.Diff", metadata=sent)
+        found: Descriptor = answer.diff
         return found
 
 

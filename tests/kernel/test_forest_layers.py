@@ -34,6 +34,13 @@ REF = "containerd.io/snapshot.ref"
 DIFF_ID = "containerd.io/snapshot/diff-id"
 
 _BIG = bytes(range(256)) * 2000
+
+
+def _gz(data: bytes, level: int = 9) -> bytes:
+    """Compressed, the same at any time."""
+    return gzip.compress(data, level, mtime=0)
+
+
 LOWER = tar(
     folder(b"./", 0o711),
     folder(b"etc/"),
@@ -89,7 +96,7 @@ def _diff_id(layer: bytes) -> str:
 
 @pytest.mark.parametrize("pack", ["gzip", "zstd", "plain"])
 def test_a_blob_becomes_a_layer(here: Served, pack: str, model: Path) -> None:
-    packed = {"gzip": gzip.compress(LOWER), "zstd": zstd_packed(LOWER), "plain": LOWER}[pack]
+    packed = {"gzip": _gz(LOWER), "zstd": zstd_packed(LOWER), "plain": LOWER}[pack]
     blob = here.content.add(packed, TAR if pack == "plain" else f"{TAR}+{pack}")
     mounts = here.client.prepare("one")
     sent = (("containerd-namespace", "k8s.io"), ("containerd-lease", "l"))
@@ -112,7 +119,7 @@ def _plain_lower(model: Path) -> None:
 
 
 def test_layers_on_layers(here: Served) -> None:
-    lower, upper = (here.content.add(gzip.compress(layer)) for layer in (LOWER, UPPER))
+    lower, upper = (here.content.add(_gz(layer)) for layer in (LOWER, UPPER))
     here.applied("one", lower)
     here.applied("two", upper, "one")
     with here.looked_at("two") as tree:
@@ -127,7 +134,7 @@ def test_layers_on_layers(here: Served) -> None:
 
 
 def test_a_layer_that_is_here_is_not_read_again(here: Served) -> None:
-    blob = here.content.add(gzip.compress(LOWER))
+    blob = here.content.add(_gz(LOWER))
     here.applied("one", blob)
     here.applied("two", blob)
     assert here.content.reads[blob.digest] == 1
@@ -140,11 +147,11 @@ def test_a_layer_that_is_here_is_not_read_again(here: Served) -> None:
 
 
 _BAD = {
-    "truncated": (gzip.compress(LOWER)[:-100], Code.DATA_LOSS),
-    "damaged": (gzip.compress(LOWER)[:50] + b"\xff" * 50 + gzip.compress(LOWER)[100:], Code.DATA_LOSS),
-    "half a member": (gzip.compress(LOWER[:3000]), Code.DATA_LOSS),
-    "a path out of the root": (gzip.compress(tar(member(b"../escape", b"x"))), Code.INVALID_ARGUMENT),
-    "a link to nothing": (gzip.compress(tar(member(b"x", kind=LINK, link=b"missing"))), Code.DATA_LOSS),
+    "truncated": (_gz(LOWER)[:-100], Code.DATA_LOSS),
+    "damaged": (_gz(LOWER)[:50] + b"\xff" * 50 + _gz(LOWER)[100:], Code.DATA_LOSS),
+    "half a member": (_gz(LOWER[:3000]), Code.DATA_LOSS),
+    "a path out of the root": (_gz(tar(member(b"../escape", b"x"))), Code.INVALID_ARGUMENT),
+    "a link to nothing": (_gz(tar(member(b"x", kind=LINK, link=b"missing"))), Code.DATA_LOSS),
 }
 
 
@@ -157,28 +164,28 @@ def test_a_bad_blob_is_refused_and_the_snapshot_stays_usable(here: Served, case:
     with shown(mounts, here.directory / "target") as tree:
         assert list(tree.iterdir()) == []
     assert here.client.mounts("one") == mounts
-    assert here.client.apply(here.content.add(gzip.compress(LOWER)), mounts).digest == _diff_id(LOWER)
+    assert here.client.apply(here.content.add(_gz(LOWER)), mounts).digest == _diff_id(LOWER)
     here.client.commit("base", "one")
     with here.looked_at("base") as tree:
         assert (tree / "big").read_bytes() == _BIG
 
 
 def test_what_is_promised_is_held_against_the_blob(here: Served) -> None:
-    blob = here.content.add(gzip.compress(LOWER))
-    here.content.blobs[blob.digest] = gzip.compress(UPPER)  # another one under its digest
+    blob = here.content.add(_gz(LOWER))
+    here.content.blobs[blob.digest] = _gz(UPPER)  # another one under its digest
     mounts = here.client.prepare("one", labels={DIFF_ID: _diff_id(LOWER)})
     assert code(lambda: here.client.apply(blob, mounts)) is Code.DATA_LOSS
-    here.content.blobs[blob.digest] = gzip.compress(LOWER)
+    here.content.blobs[blob.digest] = _gz(LOWER)
     blob.size += 1
     assert code(lambda: here.client.apply(blob, mounts)) is Code.DATA_LOSS
     blob.size -= 1
     assert here.client.apply(blob, mounts).digest == _diff_id(LOWER)
     other = here.client.prepare("two", labels={DIFF_ID: _diff_id(UPPER)})
-    assert code(lambda: here.client.apply(here.content.add(gzip.compress(tar())), other)) is Code.DATA_LOSS
+    assert code(lambda: here.client.apply(here.content.add(_gz(tar())), other)) is Code.DATA_LOSS
 
 
 def test_what_is_not_ours_is_left_to_others(here: Served) -> None:
-    client, blob = here.client, here.content.add(gzip.compress(LOWER))
+    client, blob = here.client, here.content.add(_gz(LOWER))
     here.applied("base", blob)
     mine = client.prepare("one")
     (place,) = mine
@@ -208,7 +215,7 @@ def test_what_is_not_ours_is_left_to_others(here: Served) -> None:
 
 
 def test_what_was_written_before_is_not_overwritten(here: Served) -> None:
-    blob = here.content.add(gzip.compress(LOWER))
+    blob = here.content.add(_gz(LOWER))
     mounts = here.client.prepare("one")
     with shown(mounts, here.directory / "target") as tree:
         (tree / "mine").write_text("mine")
@@ -221,7 +228,7 @@ def test_what_was_written_before_is_not_overwritten(here: Served) -> None:
 
 def test_what_is_written_afterwards_is_committed_as_well(here: Served) -> None:
     client = here.client
-    client.apply(here.content.add(gzip.compress(LOWER)), client.prepare("one"))
+    client.apply(here.content.add(_gz(LOWER)), client.prepare("one"))
     with shown(client.mounts("one"), here.directory / "target") as tree:
         (tree / "written").write_text("later")
         (tree / "gone").unlink()
@@ -238,7 +245,7 @@ def test_what_is_written_afterwards_is_committed_as_well(here: Served) -> None:
 
 def test_only_the_root_changed_afterwards(here: Served) -> None:
     client = here.client
-    client.apply(here.content.add(gzip.compress(LOWER)), client.prepare("one"))
+    client.apply(here.content.add(_gz(LOWER)), client.prepare("one"))
     with shown(client.mounts("one"), here.directory / "target") as tree:
         tree.chmod(0o750)
     client.commit("base", "one")
@@ -248,9 +255,9 @@ def test_only_the_root_changed_afterwards(here: Served) -> None:
 
 def test_layers_read_side_by_side_are_put_on_each_other_at_commit(here: Served) -> None:
     client = here.client
-    here.applied("base", here.content.add(gzip.compress(LOWER)))
+    here.applied("base", here.content.add(_gz(LOWER)))
     free = tar(folder(b"./"), member(b"new", b"n" * 6000))
-    client.apply(here.content.add(gzip.compress(free)), client.prepare("two"))
+    client.apply(here.content.add(_gz(free)), client.prepare("two"))
     if not here.engine.driver.capabilities.shares_layers:
         assert code(lambda: client.commit("top", "two", parent="base")) is Code.FAILED_PRECONDITION
         client.remove("two")
@@ -260,14 +267,14 @@ def test_layers_read_side_by_side_are_put_on_each_other_at_commit(here: Served) 
     with here.looked_at("top") as tree:
         assert (tree / "new").exists()
         assert (tree / "big").read_bytes() == _BIG
-    client.apply(here.content.add(gzip.compress(tar(folder(b"./")))), client.prepare("three"))
+    client.apply(here.content.add(_gz(tar(folder(b"./")))), client.prepare("three"))
     assert code(lambda: client.commit("x", "three", parent="missing")) is Code.NOT_FOUND
     client.prepare("four")
     assert code(lambda: client.commit("x", "three", parent="four")) is Code.FAILED_PRECONDITION
 
 
 def test_a_cancelled_apply_leaves_nothing(here: Served) -> None:
-    big = gzip.compress(tar(member(b"random", os.urandom(4 << 20))), 1)
+    big = _gz(tar(member(b"random", os.urandom(4 << 20))), 1)
     blob, mounts = here.content.add(big), here.client.prepare("one")
     here.content.reading.clear()
     here.content.hold = threading.Event()
@@ -278,7 +285,7 @@ def test_a_cancelled_apply_leaves_nothing(here: Served) -> None:
     here.content.hold.set()
     here.content.hold = None
     here.settle()
-    assert here.client.apply(here.content.add(gzip.compress(LOWER)), mounts).digest == _diff_id(LOWER)
+    assert here.client.apply(here.content.add(_gz(LOWER)), mounts).digest == _diff_id(LOWER)
 
 
 # Diff.
@@ -294,7 +301,7 @@ def test_a_diff_applied_again_gives_the_same(here: Served, model: Path) -> None:
         trees.directory("more"),
         trees.symlink("more", "link"),
     ]
-    here.applied("base", here.content.add(gzip.compress(LOWER)))
+    here.applied("base", here.content.add(_gz(LOWER)))
     _plain_lower(model)
     trees.apply(changes, model)
     with shown(client.prepare("work", "base"), here.directory / "target") as tree:
@@ -323,7 +330,7 @@ def test_a_diff_applied_again_gives_the_same(here: Served, model: Path) -> None:
 
 def test_a_diff_of_an_image_is_what_it_came_as(here: Served) -> None:
     client = here.client
-    here.applied("base", here.content.add(gzip.compress(LOWER)))
+    here.applied("base", here.content.add(_gz(LOWER)))
     found = client.diff(client.view("nothing"), client.view("all", "base"), media_type=TAR)
     assert here.content.blobs[found.digest] == LOWER
     here.content.labels.pop(found.digest, None)
@@ -331,7 +338,7 @@ def test_a_diff_of_an_image_is_what_it_came_as(here: Served) -> None:
     assert again.digest == found.digest
     assert here.content.labels[found.digest] == {"later": "1"}, "also where the blob was there already"
     client.prepare("other", "base")
-    here.applied("stranger", here.content.add(gzip.compress(tar(member(b"s", b"s")))))
+    here.applied("stranger", here.content.add(_gz(tar(member(b"s", b"s")))))
     assert code(lambda: client.diff(client.view("v", "stranger"), client.mounts("other"))) is Code.UNIMPLEMENTED
 
 
@@ -351,9 +358,9 @@ def test_a_layer_that_is_here_is_not_even_fetched(here: Served) -> None:
     client = here.client
     one, two = _chain(LOWER), _chain(LOWER, UPPER)
     assert code(lambda: client.prepare("k8s.io/1/extract-1 x", labels={REF: one})) is Code.OK, "nothing is here yet"
-    client.apply(here.content.add(gzip.compress(LOWER)), client.mounts("k8s.io/1/extract-1 x"))
+    client.apply(here.content.add(_gz(LOWER)), client.mounts("k8s.io/1/extract-1 x"))
     client.commit("k8s.io/2/one", "k8s.io/1/extract-1 x", {REF: one})
-    client.apply(here.content.add(gzip.compress(UPPER)), client.prepare("x", "k8s.io/2/one"))
+    client.apply(here.content.add(_gz(UPPER)), client.prepare("x", "k8s.io/2/one"))
     client.commit("k8s.io/3/two", "x", {REF: two})
     here.content.reads.clear()
     # The first was committed with the label, and so is found as it is.
@@ -390,7 +397,7 @@ def test_a_layer_of_an_image_of_ours_is_used(here: Served, tmp_path: Path) -> No
 
 
 def test_a_damaged_layer_is_read_again(here: Served) -> None:
-    client, target, blob = here.client, _chain(LOWER), here.content.add(gzip.compress(LOWER))
+    client, target, blob = here.client, _chain(LOWER), here.content.add(_gz(LOWER))
     here.applied("one", blob, labels={REF: target})
     layer = here.forest.get("one").layer
     assert layer is not None
@@ -466,6 +473,22 @@ def _assert(condition: bool) -> None:
     assert condition
 
 
+def test_a_container_of_a_user_namespace_keeps_its_layers(busy: Served) -> None:
+    """The kernel does not tell which directories such an overlay has for layers."""
+    if not busy.engine.driver.capabilities.maps_ids:
+        pytest.skip("this kernel cannot map the ids of overlay's layers")
+    busy.written("low", [trees.file("big", _BIG)])
+    ids = "0:100000:65536"
+    labels = {f"containerd.io/snapshot/{kind}mapping": ids for kind in ("uid", "gid")}
+    layer = busy.forest.get("low").layer
+    with shown(busy.client.prepare("container", "low", labels), busy.directory / "target") as tree:
+        eventually(lambda: _assert(not _sealed(busy)))
+        busy.engine.collect()
+        assert layer in busy.engine.driver.stored().snapshots
+        assert (tree / "big").read_bytes() == _BIG
+        assert (tree / "big").stat().st_uid == 100_000
+
+
 def test_a_layer_that_cannot_be_read_keeps_those_above_it(busy: Served) -> None:
     """What was written to it may be more than a tar can hold; what lies above must not be put on a map then."""
     client = busy.client
@@ -480,7 +503,7 @@ def test_a_layer_that_cannot_be_read_keeps_those_above_it(busy: Served) -> None:
     with busy.looked_at("high") as tree:
         assert (tree / "a").read_bytes() == _BIG
         assert (tree / "b").read_bytes() == b"b" * 5000
-    blob = busy.content.add(gzip.compress(tar(member(b"c", b"c"))))
+    blob = busy.content.add(_gz(tar(member(b"c", b"c"))))
     mounts = client.prepare("x", "high")
     assert code(lambda: client.apply(blob, mounts)) is Code.UNIMPLEMENTED
 
@@ -499,7 +522,7 @@ def _deep(tree: Path, depth: int) -> None:
 def test_apply_on_written_layers(busy: Served) -> None:
     """A differ's layer on top of written ones: those are read first, if the caretaker has not been there yet."""
     busy.written("low", [trees.file("big", _BIG), trees.file("gone", b"g")])
-    busy.applied("top", busy.content.add(gzip.compress(UPPER)), "low")
+    busy.applied("top", busy.content.add(_gz(UPPER)), "low")
     with busy.looked_at("top") as tree:
         assert (tree / "again").read_bytes() == _BIG
         assert not (tree / "gone").exists()

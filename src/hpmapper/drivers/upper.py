@@ -47,6 +47,10 @@ _NOBODYS_ID = 2**32 - 2
 """The highest id there is: no mapping for a container has it."""
 
 
+STANDS_ON = "on"
+"""A file in a/ID: the layers' directories on which the root was last mounted with its ids mapped, a line each."""
+
+
 class Stack(NamedTuple):
     """What an overlay is made of, below its upper.
 
@@ -154,7 +158,10 @@ class UpperDriver:
                 require_in_force(self._limits, top)
                 with ExitStack() as stack:
                     layer = _Mapper(ids, top, stack) if ids else _as_it_is
-                    self._mount(top, self._stack(chain), read_only, layer)
+                    below = self._stack(chain)
+                    if ids:
+                        Path(top, STANDS_ON).write_text("\n".join(below.lowers))
+                    self._mount(top, below, read_only, layer)
         return Path(top, "m")
 
     def _mount(self, top: str, below: Stack, read_only: bool, layer: Callable[[str], str | int]) -> None:
@@ -222,9 +229,17 @@ class UpperDriver:
         upper = str(self._sealed(layer))
         if os.path.isdir(upper):
             self.unmount(layer)  # a view's own mount has it for a lower one
-            if mountinfo.is_lower(upper):
+            if mountinfo.is_lower(upper) or self._is_mapped_lower(upper):
                 raise FailedPrecondition(f"layer {layer} is in use", hint="stop the containers that were made on it")
             UpperDriver.remove(self, layer)
+
+    def _is_mapped_lower(self, path: str) -> bool:
+        """Whether an overlay may have a directory for a lower layer under other owners, which mountinfo calls "/u"."""
+        for name in os.listdir(self.home / "a"):
+            with suppress(OSError):
+                if path in (self.home / "a" / name / STANDS_ON).read_text().split("\n"):
+                    return True
+        return False
 
     def remove(self, snapshot: SnapshotId) -> None:
         self.unmount(snapshot)
