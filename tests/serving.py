@@ -26,7 +26,7 @@ from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
 from hpmapper.containerd.content import ContentStore
 from hpmapper.daemon import methods
 from hpmapper.engine import Engine
-from hpmapper.forest import Forest
+from hpmapper.forest import TARGET_LABEL, Forest
 from hpmapper.kernel import mount
 from hpmapper.kernel.mountinfo import mounts_below
 from hpmapper.meta import snapshots
@@ -302,7 +302,7 @@ class Served:
         key = f"extract-{name}"
         with shown(self.client.prepare(key, parent), self.directory / "target") as target:
             trees.apply(operations, target)
-        self.client.commit(name, key)
+        self.client.commit(name, key, {TARGET_LABEL: f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"})
         return name
 
     def applied(self, name: str, blob: Descriptor, parent: str = "", labels: Labels | None = None) -> str:

@@ -1,7 +1,9 @@
 """Work that nobody waits for: a daemon's thread that frees, merges and ingests behind the requests.
 
     removed snapshots       their storage is freed
-    sealed layers           what was written becomes objects and a map, once nobody unpacks any more
+    sealed layers           what was unpacked through a mount becomes objects and a map, once nobody unpacks any more
+                            (other commits, as the few files that Docker writes for each container, stay directories: as
+                            maps they would want an image map for each of them)
     committed chains        the maps of an image's layers are merged once no more layers follow
     committed snapshots     their mount is taken away
     whatever nobody has     is collected
@@ -19,6 +21,7 @@ from collections.abc import Callable
 
 from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition, HpmapperError
+from hpmapper.forest import TARGET_LABEL
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Snapshot
 from hpmapper.model import SnapshotId
@@ -170,10 +173,13 @@ class Caretaker:
                 log.warning("the image of snapshot %s is not made ready: %s", snapshot, error)
 
     def _ingest_sealed(self) -> None:
-        waiting = [one for one in snapshots.sealed_layers(self._engine.db) if one not in self._hopeless]
+        sealed = snapshots.sealed_with(self._engine.db, TARGET_LABEL)
+        waiting = [one for one in sealed if one not in self._hopeless]
         if not waiting:
             self._sealed = False
             self._collect = True
+            for top in snapshots.tops(self._engine.db, TARGET_LABEL):
+                self._engine.finish(top)
             return
         try:
             self._engine.ingest_sealed_layer(waiting[0])

@@ -495,7 +495,7 @@ def test_a_layer_that_cannot_be_read_keeps_those_above_it(busy: Served) -> None:
     busy.written("low", [trees.file("a", _BIG)])
     with shown(client.prepare("w", "low"), busy.directory / "target") as tree:
         _deep(tree, 1200)
-    client.commit("deep", "w")
+    client.commit("deep", "w", {REF: "sha256:" + "d" * 64})
     busy.written("high", [trees.file("b", b"b" * 5000)], "deep")
     layers = [busy.forest.get(name).layer for name in ("deep", "high")]
     eventually(lambda: _assert(set(layers) <= busy.caretaker._hopeless))
@@ -560,3 +560,19 @@ def test_removed_while_it_is_being_read(busy: Served) -> None:
         for number in reversed(range(3)):
             busy.client.remove(f"{round_}-{number}")
         busy.client.cleanup()
+
+
+def test_an_image_is_merged_once_its_layers_are_maps_and_what_is_no_image_stays(busy: Served) -> None:
+    """Docker commits a few files for each container: as maps, they would want an image map for each of them."""
+    busy.written("low", [trees.file("big", _BIG)])
+    busy.written("high", [trees.file("more", _BIG[::-1])], "low")
+    with shown(busy.client.prepare("i", "high"), busy.directory / "target") as tree:
+        (tree / "hosts").write_text("mine")
+    busy.client.commit("init", "i")
+    images = busy.engine.driver.scratch.parent / "i"
+    eventually(lambda: _assert(len(os.listdir(images)) == 1))
+    with busy.looked_at("init") as tree:
+        assert (tree / "hosts").read_text() == "mine"
+        assert (tree / "more").read_bytes() == _BIG[::-1]
+    assert _sealed(busy) == [busy.forest.get("init").layer]
+    assert len(os.listdir(images)) == 1

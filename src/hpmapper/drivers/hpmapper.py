@@ -150,8 +150,9 @@ class HpmapperDriver(UpperDriver):
     def finish(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         if len(chain) < 2 or os.path.exists(f"{self._image(chain)}/map"):
             return
-        if not self._split(chain)[0]:  # sealed layers have no maps
-            self._merge(chain, fresh)
+        maps = self._split(chain)[1]  # sealed layers have none
+        if len(maps) > 1 and not os.path.exists(f"{self._image(maps)}/map"):
+            self._merge(maps, fresh)
 
     def _merge(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh]) -> None:
         """Make the image's map. It can be made again from the layers' maps at any time, so nothing records it."""

@@ -509,6 +509,25 @@ def sealed_layers(db: Database) -> list[SnapshotId]:
     return [SnapshotId(row[0]) for row in rows]
 
 
+def sealed_with(db: Database, label: str) -> list[SnapshotId]:
+    """As `sealed_layers`, of snapshots that have the label."""
+    users = "SELECT layer FROM snapshot JOIN label ON label.snapshot = snapshot.id WHERE label.name = ?"
+    rows = db.rows(f"SELECT id FROM layer WHERE sealed AND id IN ({users}) ORDER BY id", label)
+    return [SnapshotId(row[0]) for row in rows]
+
+
+def tops(db: Database, label: str) -> list[Snapshot]:
+    """The committed snapshots with the label on which there is no other one with it."""
+    labelled = "SELECT snapshot FROM label WHERE name = ?1"
+    rows = db.rows(
+        f"SELECT {_COLUMNS} FROM snapshot WHERE kind = 'committed' AND state = 'ready' AND id IN ({labelled}) "
+        "AND NOT EXISTS (SELECT 1 FROM snapshot AS child WHERE child.parent = snapshot.id "
+        f"AND child.id IN ({labelled}) AND child.kind = 'committed')",
+        label,
+    )
+    return [_snapshot(row) for row in rows]
+
+
 def forget_hidden(db: Transaction, key: str) -> None:
     """Drop a committed snapshot that stood below the one that was just removed, and that nobody else sees."""
     db.execute("DELETE FROM snapshot WHERE key = ?", (key,))
