@@ -87,19 +87,20 @@ class Caretaker:
         """A snapshot was committed on that parent."""
         self._writeback.end(snapshot.id)
         with self._wake:
+            was_idle = not self._tops
             self._tops.add(snapshot.id)
             self._written.add(snapshot.id)
             if parent is not None:
                 self._tops.discard(parent.id)
             self._last_commit = time.monotonic()
             self._sealed = not self._engine.driver.capabilities.keeps_sealed
-            self._wake.notify()
+            if was_idle:  # else the thread looks again by itself: waking it costs more than the commit
+                self._wake.notify()
 
     def removed(self, snapshot: Snapshot) -> None:
         """A snapshot was marked as removed."""
         self._writeback.end(snapshot.id)
         with self._wake:
-            self._tops.discard(snapshot.id)
             if not self._removed:
                 self._removed = True
                 self._wake.notify()

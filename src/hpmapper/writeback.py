@@ -50,8 +50,9 @@ class Writeback:
     def end(self, snapshot: SnapshotId) -> None:
         """No more; one that never began is no error."""
         with self._wake:
-            self._unpacking.discard(snapshot)
-            self._wake.notify()
+            if snapshot in self._unpacking:  # else nobody is to be woken: every commit and removal comes by here
+                self._unpacking.discard(snapshot)
+                self._wake.notify()
 
     def _run(self) -> None:
         while True:

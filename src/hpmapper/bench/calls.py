@@ -1,0 +1,161 @@
+"""What containerd's calls cost: `hpmapper serve` beside containerd's own overlayfs behind a Go proxy, in turns.
+
+    python -m hpmapper.bench.calls --work DIRECTORY... [--runs N]
+
+Each directory stands for its file system (one on a disk's, one on tmpfs). Cases: Stat; Prepare + Commit + Remove with one
+client and with fifty on one connection, as containerd has it; the same with what Prepare handed out mounted and
+unmounted; containerd's benchsuite (16 layers of ten operations each). The flagship needs a reflink file system: it
+gets a loop pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hpmapper.bench.gobuild import Tools, build_tools, cache
+from hpmapper.errors import FailedPrecondition
+from hpmapper.kernel import mount
+from hpmapper.kernel.fs import filesystem_name
+
+_READY_SECONDS = 60.0
+
+CASES = {
+    "Stat, 1 client": ("-mode", "stat", "-count", "4000"),
+    "cycle, 1 client": ("-mode", "cycle", "-count", "1000"),
+    "cycle, 50 clients": ("-mode", "cycle", "-count", "1500", "-clients", "50"),
+    "cycle with mount, 1 client": ("-mode", "cycle", "-count", "600", "-mount"),
+    "cycle with mount, 50 clients": ("-mode", "cycle", "-count", "600", "-clients", "50", "-mount"),
+    "benchsuite": ("-mode", "layers", "-count", "3", "-warmup", "1"),
+}
+"""What is run, by what rpcbench is told."""
+
+
+@dataclass
+class Side:
+    """One server and what was measured of it.
+
+    Attributes:
+        command: starts it; {root} and {socket} stand for places.
+        results: of each case, what rpcbench said, run by run.
+        resident: its memory after each run, in MiB.
+    """
+
+    name: str
+    command: list[str]
+    results: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    resident: list[float] = field(default_factory=list)
+
+
+def sides(tools: Tools) -> list[Side]:
+    """containerd's own, and ours."""
+    serve = [sys.executable, "-m", "hpmapper.cli.main", "--root", "{root}", "--storage-opt", "min_free_space=0"]
+    return [
+        Side("containerd overlayfs", [str(tools.snapserver), "-root", "{root}", "-address", "{socket}"]),
+        Side("overlay", [*serve, "--storage-driver", "overlay", "serve", "--address", "{socket}"]),
+        Side("hpmapper", [*serve, "--storage-opt", "pool.size=8G", "serve", "--address", "{socket}"]),
+    ]
+
+
+def measure(work: Path, compared: list[Side], tools: Tools, runs: int) -> None:
+    """Run every case on every side, side after side, `runs` times."""
+    for _ in range(runs):
+        for side in compared:
+            with _serving(work / "side", side) as (socket, process):
+                for case, words in CASES.items():
+                    line = [str(tools.rpcbench), "-address", str(socket), "-pid", str(process.pid), *words]
+                    said = json.loads(subprocess.run(line, check=True, capture_output=True).stdout)
+                    side.results.setdefault(case, []).append(_figures(said))
+                side.resident.append(_resident(process.pid))
+
+
+@contextmanager
+def _serving(place: Path, side: Side) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    place.mkdir(parents=True)
+    socket = place / "s"
+    words = [word.format(root=place / "root", socket=socket) for word in side.command]
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + _READY_SECONDS
+        while not socket.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise FailedPrecondition(f"{side.name} does not serve: {(place / 'log').read_text()[-2000:]}")
+            time.sleep(0.05)
+        time.sleep(0.2)
+        yield socket, process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        for one in mount.mounts_below(place):
+            mount.umount(one.target)
+        shutil.rmtree(place)
+
+
+def _figures(said: dict[str, object]) -> dict[str, float]:
+    """Rate, the server's CPU time for one repetition in ms, and each call's p50 in ms."""
+    steps, count = said["steps_us"], said["count"]
+    assert isinstance(steps, dict)
+    assert isinstance(count, int)
+    found = {"per second": _number(said["per_second"]), "CPU, ms": _number(said["server_cpu_seconds"]) * 1e3 / count}
+    return found | {f"{step}, ms": _number(values["p50"]) / 1e3 for step, values in steps.items()}
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, (int, float))
+    return float(value)
+
+
+def _resident(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+
+
+def table(title: str, compared: list[Side]) -> Table:
+    """Medians with least and most of the rate, the ratio to the first side, and medians of the rest."""
+    grid = Table("case", "side", "per second", "to first", "CPU, ms", "p50 of each call, ms", title=title)
+    for case in CASES:
+        first = statistics.median(one["per second"] for one in compared[0].results[case])
+        for side in compared:
+            runs = side.results[case]
+            rates = [one["per second"] for one in runs]
+            middle = {name: statistics.median(one[name] for one in runs) for name in runs[0]}
+            steps = " ".join(f"{name.partition(',')[0]} {middle[name]:.2f}" for name in list(middle)[2:])
+            spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})"
+            ratio = f"{statistics.median(rates) / first:.2f}"
+            grid.add_row(case, side.name, spread, ratio, f"{middle['CPU, ms']:.2f}", steps)
+    for side in compared:
+        grid.add_row("memory, MiB", side.name, f"{max(side.resident):.0f}", "", "", "")
+    return grid
+
+
+def main() -> None:
+    """Measure and print a table for each directory."""
+    parser = argparse.ArgumentParser(prog="python -m hpmapper.bench.calls")
+    parser.add_argument("--work", type=Path, nargs="+", required=True)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    mount.private_namespace()
+    tools = build_tools(cache())
+    for work in options.work:
+        work.mkdir(parents=True, exist_ok=True)
+        compared = sides(tools)
+        measure(work, compared, tools, options.runs)
+        Console(width=180).print(table(f"on {filesystem_name(work)}", compared))
+
+
+if __name__ == "__main__":
+    main()
