@@ -474,6 +474,9 @@ class Devices:
         for _ in range(_ATTEMPTS):
             try:
                 found = dm.find(name)
+                if found is not None and not dm.table(name):
+                    dm.remove(name)  # whoever made it died before it had a table; or it is going
+                    found = None
                 if found is None:
                     dm.activate(name, [target], uuid=f"HPMAPPER-{name}")
                 else:
@@ -606,7 +609,11 @@ class Devices:
 
     def delete_buried(self) -> int:
         """Try again to delete what was in use before; returns how many devices still are."""
-        return sum(not self._dispose(record) for record in list(self.records.buried()))
+        return sum(self._is_open(record) or not self._dispose(record) for record in list(self.records.buried()))
+
+    def _is_open(self, record: Record) -> bool:
+        found = dm.find(self.name(record.number))
+        return found is not None and found.opens > 0
 
     def _dispose(self, record: Record) -> bool:
         """Delete a buried device; False: it is still in use."""
