@@ -34,9 +34,10 @@ from hpmapper.drivers.base import (
     bind_spec,
 )
 from hpmapper.drivers.devicemapper import info, thin
-from hpmapper.drivers.devicemapper.devices import CONTENTS, Devices
+from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import Record, Role
+from hpmapper.drivers.devicemapper.setup import CONTENTS
 from hpmapper.drivers.upper import numbers, unmount_path
 from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound, Unsupported
 from hpmapper.kernel import fiemap, lock, mount, sync
