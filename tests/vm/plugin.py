@@ -33,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests that need a guest kernel: all, the short ones if the image is cached, none [none]",
     )
 
+    parser.addoption("--write-documents", action="store_true", help="write the documents that guest tests produce")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -116,7 +118,7 @@ class Guests:
             return
         features = sorted({str(marker.args[0]) for item in self._chosen for marker in item.iter_markers("guest")})
         arguments = [item.nodeid for item in self._chosen]
-        machine = Machine(image.build(), features, arguments)
+        machine = Machine(image.build(), features, arguments, write_documents=self._writes)
         self._machine = self._stack.enter_context(machine)
         self._arriving = machine.lines()
 
@@ -126,8 +128,20 @@ class Guests:
             if isinstance(report.longrepr, list):  # of a skipped test: JSON knows no tuples
                 report.longrepr = tuple(report.longrepr)
             self._seen.setdefault(report.nodeid, []).append(report)
+            self._write_documents(report)
         else:
             self._remarks.append(": ".join(str(value) for value in line.values()))
+
+    @property
+    def _writes(self) -> bool:
+        return bool(self._config.getoption("--write-documents"))
+
+    def _write_documents(self, report: pytest.TestReport) -> None:
+        if self._writes and report.when == "call":
+            for name, text in report.user_properties:
+                if name.startswith("document "):
+                    (image.REPOSITORY / "docs" / name.removeprefix("document ")).write_text(str(text))
+                    self._remarks.append(f"written: docs/{name.removeprefix('document ')}")
 
     def pytest_sessionfinish(self) -> None:
         if self._machine is not None:

@@ -15,7 +15,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,9 +34,10 @@ from hpmapper.drivers.base import (
     bind_spec,
 )
 from hpmapper.drivers.devicemapper import info, thin
-from hpmapper.drivers.devicemapper.devices import CONTENTS, Devices
+from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import Record, Role
+from hpmapper.drivers.devicemapper.setup import CONTENTS
 from hpmapper.drivers.upper import numbers, unmount_path
 from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound, Unsupported
 from hpmapper.kernel import fiemap, lock, mount, sync
@@ -47,7 +48,7 @@ from hpmapper.layer.diff import changes, write_tar
 from hpmapper.layer.merged import Merged
 from hpmapper.layer.scan import DirectoryView, scan
 from hpmapper.layer.stream import Expected
-from hpmapper.model import Change, SnapshotId, Space, Usage
+from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
 from hpmapper.store.objects import IsObject
 from hpmapper.store.workspace import remove_tree
 from hpmapper.tree import Inode, walk
@@ -91,6 +92,10 @@ class DeviceMapperDriver(directory.DirectoryLayers):
 
     def attach(self) -> None:
         self.devices.attach()
+        self._delete_buried()
+
+    def _delete_buried(self) -> None:
+        """Try again what was in use when it was removed: now and then, whatever else is done."""
         if self._records.buried_ids():
             try:
                 self.devices.delete_buried()
@@ -250,6 +255,12 @@ class DeviceMapperDriver(directory.DirectoryLayers):
         self.unmount(snapshot)
         faults.point("remove.unmounted")
         self.devices.remove(Role.SNAPSHOT, snapshot)
+        self._delete_buried()
+
+    def sweep_objects(self, known: Callable[[], Container[ObjectDigest]], timeout: float) -> int:
+        """There are no objects; what waits for its deletion is looked at."""
+        self._delete_buried()
+        return 0
 
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))

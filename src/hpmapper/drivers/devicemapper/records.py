@@ -125,12 +125,12 @@ class Records:
         """The thin ids of devices to be deleted."""
         return {int(entry.name) for entry in os.scandir(self.home / "d") if entry.name.isdigit()}
 
-    def buried(self) -> Iterator[Record]:
+    def buried(self) -> list[Record]:
         """The devices to be deleted."""
-        for device in self.buried_ids():
-            record = _read(self.grave(device) / DEVICE) or _read(self.grave(device) / UNFINISHED)
-            # Without a record there is nothing to discard by, but the id is known all the same.
-            yield record or Record(SnapshotId(0), device, 0)
+        graves = {device: self.grave(device) for device in self.buried_ids()}
+        found = {device: _read(grave / DEVICE) or _read(grave / UNFINISHED) for device, grave in graves.items()}
+        # Without a record there is nothing to discard by, but the id is known all the same.
+        return [record or Record(SnapshotId(0), device, 0) for device, record in found.items()]
 
     def everything(self) -> Iterator[tuple[Role, SnapshotId, Record]]:
         """All records but those of devices to be deleted, finished or not."""
