@@ -2,8 +2,8 @@
 
     python -m hpmapper.bench.calls --work DIRECTORY... [--runs N]
 
-Each directory stands for its file system (one on a disk's, one on tmpfs). Cases: Stat; Prepare + Commit + Remove with one
-client and with fifty on one connection, as containerd has it; the same with what Prepare handed out mounted and
+Each directory stands for its file system (one on a disk's, one on tmpfs). Cases: Stat; Prepare + Commit + Remove with
+one client and with fifty on one connection, as containerd has it; the same with what Prepare handed out mounted and
 unmounted; containerd's benchsuite (16 layers of ten operations each). The flagship needs a reflink file system: it
 gets a loop pool.
 """
