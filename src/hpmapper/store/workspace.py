@@ -124,19 +124,21 @@ def remove_tree(top: Path) -> None:
     """Remove a directory and all below it, subvolumes too. Symlinks are not followed, mount points are an error.
 
     Each directory met is moved up to `top`'s first level before it is emptied, so neither paths nor recursion grow
-    with the depth, which a hostile container can make arbitrary.
+    with the depth, which a hostile container can make arbitrary. The names there are new ones: somebody may have been
+    killed at the same work.
 
     Raises:
         FailedPrecondition: something is mounted in it.
     """
     device = os.lstat(top).st_dev
+    flat_name = os.path.join(os.fspath(top), f".{secrets.token_hex(8)}-")
     numbers = count()
     pending = [os.fspath(top)]
     while pending:
         here = pending[-1]
         inner = _unlink_files(here, device)
         if len(pending) > 1:
-            flat = [os.path.join(pending[0], f".hpmapper-{next(numbers)}") for _ in inner]
+            flat = [f"{flat_name}{next(numbers)}" for _ in inner]
             for directory, name in zip(inner, flat, strict=True):
                 os.rename(directory, name)
             inner = flat
