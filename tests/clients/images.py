@@ -77,8 +77,8 @@ class _Tar:
         self._add(name, tarfile.SYMTYPE, 0o777, (0, 0), linkname=target)
 
     def link(self, name: str, target: str, owner: tuple[int, int]) -> None:
-        """A second name of a file added just before: with its attributes, as every tool writes them."""
-        self._add(name, tarfile.LNKTYPE, 0o644, owner, linkname=target, mtime=self._time - _STEP)
+        """A second name of a file, and what counts of its mode, owner and time."""
+        self._add(name, tarfile.LNKTYPE, 0o644, owner, linkname=target)
 
     def device(self, name: str, major: int, minor: int) -> None:
         self._add(name, tarfile.CHRTYPE, 0o666, (0, 0), devmajor=major, devminor=minor)
@@ -119,9 +119,11 @@ def _base(busybox: bytes) -> bytes:
     tar.file("etc/group", b"root:x:0:\napp:x:1001:\nextra:x:55:app\n")
     tar.file("bin/setuid", busybox[:4096], 0o4755)
     tar.file("bin/capable", _random("capable", 5000), 0o755, xattrs={"security.capability": NET_RAW})
+    tar.file("bin/capable-once", _random("capable", 5000), 0o755, xattrs={"security.capability": NET_RAW})
+    tar.link("bin/capable-no-more", "bin/capable-once", owner=(0, 0))
     tar.file("data/attributed", b"small", xattrs={"user.one": "1", "user.two": "a longer value " * 20})
     tar.file("data/large", _random("large", LARGE), 0o640, owner=(1000, 1001))
-    tar.file("data/linked", _random("linked", 9000), owner=(7, 8))
+    tar.file("data/linked", _random("linked", 9000), 0o600, owner=(5, 6), xattrs={"user.linked": "yes"})
     tar.link("data/linked-too", "data/linked", owner=(7, 8))
     for letter in "abcdef":
         tar.file(f"data/dir/{letter}", letter.encode() * 2000)

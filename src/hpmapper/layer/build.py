@@ -315,6 +315,7 @@ class LayerBuilder:
             parent.entries()[parts[-1]] = target
         if target.is_dir or target.is_whiteout:
             raise InvalidArgument(f"tar member {entry.name!r} is a hard link to {entry.link!r}, which is no file")
+        _set_by_link(target, entry)
         return target
 
     def _from_below(self, entry: Entry, parts: list[bytes]) -> Inode:
@@ -375,11 +376,23 @@ def _set_attributes(inode: Inode, entry: Entry) -> None:
         raise InvalidArgument(f"tar member {entry.name!r} has an owner that cannot exist: {entry.uid}:{entry.gid}")
     if abs(entry.mtime_ns) > MAX_SECONDS * 1_000_000_000:
         raise InvalidArgument(f"tar member {entry.name!r} has a time that Linux cannot count to")
-    inode.mode = stat.S_IFMT(inode.mode) | (0o777 if entry.type == b"2" else entry.mode)
+    inode.mode = stat.S_IFMT(inode.mode) | (0o777 if inode.target else entry.mode)
     inode.uid, inode.gid, inode.mtime_ns = entry.uid, entry.gid, entry.mtime_ns
     inode.xattrs = _checked(entry) if entry.xattrs else ()
 
 
+def _set_by_link(target: Inode, entry: Entry) -> None:
+    """Give a file what the header of a link to it says, as containerd and Docker do. (GNU tar leaves it as it was.)
+
+    They chown it, which takes its capabilities away unless the header has them, and set extended attributes.
+    """
+    kept = {name: value for name, value in target.xattrs if name != _CAPABILITIES}
+    _set_attributes(target, entry)
+    if kept:
+        target.xattrs = tuple(sorted({**kept, **dict(target.xattrs)}.items()))
+
+
+_CAPABILITIES = b"security.capability"
 _XATTR_SPACES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
 
 

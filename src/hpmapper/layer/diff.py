@@ -128,7 +128,8 @@ def _header(path: bytes, inode: Inode, link: bytes | None = None) -> bytes:
     info.linkname = _text(link if link is not None else inode.target)
     info.devmajor, info.devminor = os.major(inode.rdev), os.minor(inode.rdev)
     info.mtime = max(inode.mtime_ns // 1_000_000_000, 0)
-    records = dict(_xattr_record(name, value) for name, value in inode.xattrs) if link is None else {}
+    # Of a link, too: unpackers that chown it would else take the file's capabilities away.
+    records = dict(_xattr_record(name, value) for name, value in inode.xattrs)
     if inode.mtime_ns < 0 or inode.mtime_ns % 1_000_000_000:
         records["mtime"] = _decimal_seconds(inode.mtime_ns)
     info.pax_headers = records

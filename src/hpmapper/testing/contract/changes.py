@@ -377,6 +377,8 @@ def owners_and_attributes(subject: Subject) -> None:
             file("ids", b"1", 0o6755, 2**31, 2**32 - 2),
             directory("d", 0o3777, 70_000, 65_536),
             file("marked", b"2" * 5000, 0o755, 0, 0, marks),
+            file("linked", b"2" * 5000, 0o755, 0, 0, marks),
+            hard_link("linked", "linked2"),
             file("acl", b"3", 0o640, 0, 0, {"system.posix_acl_access": acl}),
             directory("acl.d", 0o750, 0, 0, {"system.posix_acl_default": acl}),
             symlink("ids", "link"),

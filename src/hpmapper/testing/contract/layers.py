@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import stat
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hpmapper.testing.contract.subject import Case, Subject
 from hpmapper.testing.tars import BLOCKDEV, CHAR, FIFO, LINK, SYMLINK, folder, header, member, padded, pax, tar
 
 _BIG = bytes(range(256)) * 300  # more than any driver's limit for small files
+_NET_RAW = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0)  # struct vfs_cap_data: cap_net_raw=ep
 _SPARSE_SIZE = 1 << 20
 _FEW = ((0, b"begin" * 100), (65536, b"x" * 4096), (_SPARSE_SIZE - 700, b"end" * 100))
 _MANY = tuple((number * 8192, b"%04d" % number) for number in range(60))
@@ -318,7 +320,7 @@ def links_into_lower_layers(subject: Subject) -> None:
             member(b"real/f", _BIG[:7000]),
         )
     )
-    links = [member(name + b"2", kind=LINK, link=name) for name in (b"small", b"large")]
+    links = [member(name + b"2", kind=LINK, link=name, mode=0o640) for name in (b"small", b"large")]
     root = _brought(subject, tar(*links, member(b"f2", kind=LINK, link=b"way/f")), base)
     assert (root / "small2").read_bytes() == b"s"
     assert (root / "large2").read_bytes() == _BIG
@@ -326,6 +328,26 @@ def links_into_lower_layers(subject: Subject) -> None:
     assert (root / "large2").stat().st_mode & 0o777 == 0o640
     assert os.path.samefile(root / "real/f", root / "f2")
     assert (root / "f2").read_bytes() == _BIG[:7000]
+
+
+def links_speak_for_their_file(subject: Subject) -> None:
+    """The last header of a file counts, as with containerd and Docker; of xattrs, all do, but for capabilities."""
+    attributes = {b"SCHILY.xattr.user.one": b"1", b"SCHILY.xattr.security.capability": _NET_RAW}
+    root = _brought(
+        subject,
+        tar(
+            pax(attributes),
+            member(b"file", b"data", mode=0o600, uid=1, gid=2),
+            pax({b"SCHILY.xattr.user.two": b"2"}),
+            member(b"link", kind=LINK, link=b"file", mode=0o4755, uid=7, gid=8, mtime=1_234_567_890),
+            member(b"soft", kind=SYMLINK, link=b"file"),
+            member(b"soft2", kind=LINK, link=b"soft", mode=0o600, uid=7, gid=8),
+        ),
+    )
+    found = (root / "file").stat()
+    assert (found.st_mode & 0o7777, found.st_uid, found.st_gid, found.st_mtime) == (0o4755, 7, 8, 1_234_567_890)
+    assert sorted(os.listxattr(root / "file")) == ["user.one", "user.two"]
+    assert ((root / "soft").lstat().st_mode & 0o7777, (root / "soft").lstat().st_uid) == (0o777, 7)
 
 
 def members_behind_symlinks(subject: Subject) -> None:
@@ -369,6 +391,7 @@ CASES: tuple[Case, ...] = (
     directories_that_nobody_mentions,
     implied_root,
     links_into_lower_layers,
+    links_speak_for_their_file,
     members_behind_symlinks,
     file_capabilities,
     large_directory,
