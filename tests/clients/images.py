@@ -121,9 +121,11 @@ def _base(busybox: bytes) -> bytes:
     tar.file("bin/capable", _random("capable", 5000), 0o755, xattrs={"security.capability": NET_RAW})
     tar.file("bin/capable-once", _random("capable", 5000), 0o755, xattrs={"security.capability": NET_RAW})
     tar.link("bin/capable-no-more", "bin/capable-once", owner=(0, 0))
+    tar.file("data/one-name", b"data", xattrs={"user.one": "1"})
+    tar.link("data/another-name", "data/one-name", owner=(9, 9))
     tar.file("data/attributed", b"small", xattrs={"user.one": "1", "user.two": "a longer value " * 20})
     tar.file("data/large", _random("large", LARGE), 0o640, owner=(1000, 1001))
-    tar.file("data/linked", _random("linked", 9000), 0o600, owner=(5, 6), xattrs={"user.linked": "yes"})
+    tar.file("data/linked", _random("linked", 9000), 0o600, owner=(5, 6))
     tar.link("data/linked-too", "data/linked", owner=(7, 8))
     for letter in "abcdef":
         tar.file(f"data/dir/{letter}", letter.encode() * 2000)
