@@ -67,9 +67,11 @@ def running(case: Case, pool: Path) -> Iterator[Containerd]:
 def control_groups() -> Iterator[None]:
     """Remove the control groups that runtimes leave: those above the containers' own, which nobody else removes."""
     before = _found_groups()
-    yield
-    for group in sorted(_found_groups() - before, reverse=True):
-        _remove_group(group)
+    try:
+        yield
+    finally:
+        for group in sorted(_found_groups() - before, reverse=True):
+            _remove_group(group)
 
 
 def _remove_group(group: Path) -> None:
