@@ -8,6 +8,7 @@ what the database says TOKEN was at work on is to be undone.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from hpmapper import faults
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import btrfs, lock
 from hpmapper.kernel.mountinfo import mounts_below
+
+log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -80,6 +83,8 @@ def sweep(scratch: Path) -> None:
                 remove_tree(Path(entry.path))
         except (BlockingIOError, FileNotFoundError):
             continue  # alive, or being swept by somebody else
+        except FailedPrecondition as error:
+            log.warning("%s is left for later: %s", entry.path, error)  # something is mounted in it: others go on
 
 
 @contextmanager
