@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -19,6 +20,7 @@ import pytest
 
 from hpmapper.errors import FailedPrecondition, InvalidArgument, NotFound
 from hpmapper.rpc.server import MAX_MESSAGE, After, Call, Later, Method, Server
+from hpmapper.rpc.status import Code, Failure
 
 _SECONDS = 60
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
@@ -532,3 +534,9 @@ def test_without_a_batch_of_its_own(tmp_path: Path) -> None:
     server.bind(tmp_path / "deep" / "er" / "s.sock")
     with _running(server), _dialled(tmp_path / "deep/er/s.sock") as channel:
         assert _unary(channel, "Echo")(b"x") == b"x"
+
+
+def test_a_full_file_system_is_no_bug() -> None:
+    failure = Failure.of(OSError(errno.ENOSPC, "No space left on device", "somewhere"))
+    assert failure.code is Code.RESOURCE_EXHAUSTED
+    assert "somewhere" in failure.message

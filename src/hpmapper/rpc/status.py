@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from enum import IntEnum
+from errno import EDQUOT, ENOSPC
 
 from hpmapper.errors import (
     AlreadyExists,
@@ -61,5 +62,7 @@ class Failure(Exception):
             return error
         if isinstance(error, HpmapperError):
             return cls(CODES.get(type(error), Code.UNKNOWN), str(error))
+        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+            return cls(Code.RESOURCE_EXHAUSTED, f"no space left: {error} (hpmapper pool grow, or remove something)")
         log.error("a call failed", exc_info=error)
         return cls(Code.INTERNAL, f"{type(error).__name__}: {error} (a bug in hpmapper; its log has the details)")
