@@ -134,8 +134,8 @@ class Caretaker:
         with self._wake:
             if self._stopping:
                 return None, 0
-            quiet = time.monotonic() - self._last_commit
             now = time.monotonic()
+            quiet = now - self._last_commit
             if self._removed or now >= self._retry_at:
                 if now < self._freed_at + _GATHER_SECONDS:
                     return None, self._freed_at + _GATHER_SECONDS - now
@@ -168,10 +168,14 @@ class Caretaker:
             except FailedPrecondition:
                 log.info("snapshot %s is still mounted", snapshot)
         for snapshot in tops:
-            try:
-                self._engine.finish(snapshots.by_id(self._engine.db, snapshot))
-            except HpmapperError as error:
-                log.warning("the image of snapshot %s is not made ready: %s", snapshot, error)
+            self._make_ready(snapshot)
+
+    def _make_ready(self, top: SnapshotId) -> None:
+        """Merge the maps of the image whose uppermost layer a snapshot is."""
+        try:
+            self._engine.finish(snapshots.by_id(self._engine.db, top))
+        except HpmapperError as error:
+            log.warning("the image of snapshot %s is not made ready: %s", top, error)
 
     def _ingest_sealed(self) -> None:
         sealed = snapshots.sealed_with(self._engine.db, TARGET_LABEL)
@@ -180,7 +184,7 @@ class Caretaker:
             self._sealed = False
             self._collect = True
             for top in snapshots.tops(self._engine.db, TARGET_LABEL):
-                self._engine.finish(top)
+                self._make_ready(top.id)
             return
         try:
             self._engine.ingest_sealed_layer(waiting[0])

@@ -580,13 +580,19 @@ class Engine:
 
     def free_removed(self) -> bool:
         """Free what was marked as removed; False: some of it is still in use."""
-        marked = snapshots.removed(self.db)
-        done = [one for one in marked if snapshots.is_layer(self.db, one) or self._remove_storage(one)]
+        return self._free(snapshots.removed(self.db))
+
+    def _free(self, gone: Sequence[SnapshotId]) -> bool:
+        """Remove snapshots' storage, and then their rows; False: some are still in use, and stay.
+
+        A sealed one's storage goes with its layer.
+        """
+        done = [one for one in gone if snapshots.is_layer(self.db, one) or self._remove_storage(one)]
         if done:
             with self.db.transaction(durable=False) as transaction:
                 for snapshot in done:
                     snapshots.forget(transaction, snapshot)
-        return len(done) == len(marked)
+        return len(done) == len(gone)
 
     # Rubbish.
 
@@ -647,9 +653,7 @@ class Engine:
 
     def _undo(self, snapshot: SnapshotId) -> None:
         log.info("undoing unfinished snapshot %s", snapshot)
-        if snapshots.is_layer(self.db, snapshot) or self._remove_storage(snapshot):
-            with self.db.transaction(durable=False) as transaction:
-                snapshots.forget(transaction, snapshot)
+        self._free([snapshot])
 
     def _remove_unknown(self) -> None:
         """Remove storage that no row names; what is still in use stays until the next time."""
