@@ -11,9 +11,8 @@ import pytest
 from hypothesis import settings
 
 from hpmapper.kernel import loop, mount
-from hpmapper.kernel.fscontext import MOUNT_ATTR_NOATIME
-from hpmapper.pool import filesystem
 from hpmapper.pool.base import MIB, PoolFs
+from tests.filesystems import mounted
 
 # CI judges a change, always by the same examples; new ones are found by everybody who runs the tests.
 settings.register_profile("ci", derandomize=True)
@@ -99,14 +98,7 @@ def loops_over(directory: Path) -> list[str]:
 @pytest.fixture
 def xfs(tmp_path: Path) -> Iterator[Path]:
     """A mounted XFS with reflink."""
-    image, target = tmp_path / "xfs.img", tmp_path / "xfs"
-    target.mkdir()
-    image.touch()
-    os.truncate(image, 320 * MIB)
-    filesystem.make(PoolFs.XFS, image, "6ba7b810-9dad-11d1-80b4-00c04fd430c8")
-    with loop.attached(image, block_size=4096) as device:
-        # nouuid: several test processes may have such a file system mounted at once.
-        mount.filesystem("xfs", device, target, options={"nouuid": None}, attributes=MOUNT_ATTR_NOATIME)
+    target = mounted(PoolFs.XFS, tmp_path, 320 * MIB)
     yield target
     for one in mount.mounts_below(target):
         mount.umount(one.target)

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+from hpmapper.bench.measure import drop_caches
 from tests.clients.containerd import REGISTRY, Containerd
 from tests.clients.pools import xfs
 from tests.clients.setups import Case, assert_reclaimed, left, running
@@ -46,7 +47,7 @@ class Side:
         namespace = f"measure-{number}"
         self._timed("pull", lambda: self.containerd.pull(self.reference, self.snapshotter, namespace))
         time.sleep(1)  # what is done behind the pull
-        _drop_caches()
+        drop_caches()
         self._timed("start, cold", lambda: self._start(namespace, "cold"))
         self._timed("start, warm", lambda: self._start(namespace, "warm"))
 
@@ -67,11 +68,6 @@ class Side:
         do()
         self.times.setdefault(what, []).append(time.monotonic() - begin)
         print(f"{self.name}: {what}: {self.times[what][-1]:.2f} s", file=sys.stderr)
-
-
-def _drop_caches() -> None:
-    subprocess.run(["sync"], check=True)
-    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def _sides(stack: ExitStack, release: str, work: Path, image: Path) -> Iterator[Side]:

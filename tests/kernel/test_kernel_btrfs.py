@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hpmapper.kernel import btrfs, loop, mount, qgroup, sync
+from hpmapper.kernel import btrfs, mount, qgroup, sync
 from hpmapper.kernel.syscall import opened
-from hpmapper.pool import filesystem
 from hpmapper.pool.base import MIB, PoolFs
+from tests.filesystems import mounted
 
 pytestmark = pytest.mark.kernel
 
@@ -22,13 +22,7 @@ GROUP = qgroup.qgroup(1000, 7)
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Path]:
     """A mounted btrfs."""
-    image, target = tmp_path / "btrfs.img", tmp_path / "btrfs"
-    target.mkdir()
-    image.touch()
-    os.truncate(image, 300 * MIB)
-    filesystem.make(PoolFs.BTRFS, image, "6ba7b812-9dad-11d1-80b4-00c04fd430c8")
-    with loop.attached(image, block_size=4096) as device:
-        mount.filesystem("btrfs", device, target)
+    target = mounted(PoolFs.BTRFS, tmp_path, 300 * MIB)
     yield target
     mount.umount(target)
 
