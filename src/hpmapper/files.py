@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -11,14 +12,34 @@ Pieces = Iterable[bytes | memoryview]
 Segments = Sequence[tuple[int, int]]
 """Data ranges of a sparse file: (offset, length) in bytes, ascending, not overlapping."""
 
+UNCACHED_FROM = 128 << 10
+"""Bytes from which on a write leaves the page cache again as soon as it is on the disk.
+
+A start reads a fraction of what an image brings, and what a node runs needs the memory more. Of smaller files all but
+the cost of the disk write is small, and it would be paid file by file (docs/measurements.md).
+"""
+
+_RWF_DONTCACHE = 0x80  # include/uapi/linux/fs.h, since Linux 6.14
+_AT_POSITION = -1  # pwritev2(2)
+
 _ZEROS = bytes(1 << 20)
 
 
 def write_data(fd: int, data: bytes | memoryview) -> None:
     """Write all of `data` at the file's position."""
     view = memoryview(data)
+    write = _write_uncached if len(view) >= UNCACHED_FROM else os.write
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[write(fd, view) :]
+
+
+def _write_uncached(fd: int, data: memoryview) -> int:
+    try:
+        return os.pwritev(fd, [data], _AT_POSITION, _RWF_DONTCACHE)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return os.write(fd, data)  # an older kernel, or a file system that cannot
 
 
 def write_file(

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from hpmapper import files
 from hpmapper.kernel import cachestat, clone, fiemap, fs, lock, mount, psi, sync
+from hpmapper.pool.base import PoolFs
+from tests.filesystems import mounted
 
 pytestmark = pytest.mark.kernel
 
@@ -31,6 +34,13 @@ def clone_file(source: Path, target: Path) -> Path:
     with open(source, "rb") as one, open(target, "wb") as two:
         clone.clone(one.fileno(), two.fileno())
     return target
+
+
+def mounted_for_writes(kind: str, directory: Path) -> Path:
+    if kind != "tmpfs":
+        return mounted(PoolFs(kind), directory, 256 * MIB)
+    mount.filesystem("tmpfs", "none", directory)
+    return directory
 
 
 def test_a_clone_shares_its_extents_until_written(xfs: Path) -> None:
@@ -127,6 +137,29 @@ def test_cachestat_counts_dirty_pages(xfs: Path) -> None:
     assert cachestat.cachestat(xfs / "file").dirty == 8
     sync.syncfs(xfs)
     assert cachestat.cachestat(xfs / "file").dirty == 0
+
+
+def test_large_writes_leave_the_page_cache_and_small_ones_stay(xfs: Path) -> None:
+    leaves = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 14)
+    sizes = {"large": files.UNCACHED_FROM + 1, "small": files.UNCACHED_FROM - 1}
+    for name, size in sizes.items():
+        content = os.urandom(size)
+        with open(xfs / name, "wb", buffering=0) as file:
+            files.write_data(file.fileno(), content)
+            files.write_data(file.fileno(), content)
+        sync.syncfs(xfs)
+        assert cachestat.cachestat(xfs / name).cached == (0 if leaves and name == "large" else -(-2 * size // PAGE))
+        assert (xfs / name).read_bytes() == content * 2
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "btrfs"])
+def test_large_writes_work_whether_the_cache_can_be_left_or_not(tmp_path: Path, kind: str) -> None:
+    place = mounted_for_writes(kind, tmp_path)
+    content = os.urandom(MIB)
+    with open(place / "large", "wb", buffering=0) as file:
+        files.write_data(file.fileno(), content)
+    assert (place / "large").read_bytes() == content
+    mount.umount(place)
 
 
 def test_writeback_can_be_started_early(xfs: Path) -> None:

@@ -279,7 +279,7 @@ class HpmapperDriver(UpperDriver):
 
     def _images_with(self, layer: SnapshotId) -> list[Path]:
         paths = [Path(entry.path) for entry in os.scandir(self.home / "i")]
-        return [path for path in paths if str(layer) in (path / "chain").read_text().split(",")]
+        return [path for path in paths if _names(path / "chain", layer)]
 
     def _stack(self, chain: Chain) -> Stack:
         try:
@@ -330,6 +330,14 @@ class HpmapperDriver(UpperDriver):
         """The maps that tell what a chain shows: the image's, if it is there, or the layers'."""
         image = self._image(chain) / "map" if chain else None
         return [image] if image and image.exists() else [self._layer(layer) / "map" for layer in chain]
+
+
+def _names(chain: Path, layer: SnapshotId) -> bool:
+    """Whether an image's chain names the layer. Of one that somebody damaged nobody can say no."""
+    try:
+        return str(layer) in chain.read_text().split(",")
+    except FileNotFoundError:
+        return True
 
 
 def _chain_text(chain: Chain) -> str:
