@@ -46,12 +46,15 @@ _PROXY = """\
   address = "{socket}"
 """
 
-_DIFFER = """\
-[proxy_plugins.{name}-diff]
+_PROXY_DIFFER = """\
+[proxy_plugins.{name}]
   type = "diff"
   address = "{socket}"
+"""
+
+_DIFFER = """\
 [plugins."io.containerd.service.v1.diff-service"]
-  default = ["{name}-diff", "walking"]
+  default = ["{name}", "walking"]
 """
 
 _UNPACK = """\
@@ -76,17 +79,22 @@ class Setup:
     """What is tried.
 
     Attributes:
-        name: of the snapshotter, as containerd is told it: a proxy, or "overlayfs" for containerd's own.
+        name: of the snapshotter, as containerd is told it: a proxy, or one of containerd's own.
         command: starts the server of a proxy; {root} and {socket} in it stand for places.
-        differ: whether the server also applies and makes layers (the fast path).
+        differ: what applies and makes layers. If it is not "walking", the server of a proxy does so (the fast path).
     """
 
     name: str
     command: str = ""
-    differ: bool = False
+    differ: str = "walking"
+
+    @property
+    def fast(self) -> bool:
+        """Whether the server of a proxy also applies and makes layers."""
+        return bool(self.command) and self.differ != "walking"
 
     def __str__(self) -> str:
-        return f"{self.name}-fast" if self.differ else self.name
+        return f"{self.name}-fast" if self.fast else self.name
 
 
 def config(setup: Setup, version: int) -> str:
@@ -95,11 +103,12 @@ def config(setup: Setup, version: int) -> str:
     text = _CONFIG.format(version=3 if version > 1 else 2, disabled=disabled, socket=SOCKET)
     if setup.command:
         text += _PROXY.format(name=setup.name, socket=_SNAPSHOTTER_SOCKET)
-    if setup.differ:
-        text += _DIFFER.format(name=setup.name, socket=_SNAPSHOTTER_SOCKET)
+    if setup.fast:
+        text += _PROXY_DIFFER.format(name=setup.differ, socket=_SNAPSHOTTER_SOCKET)
+    if setup.differ != "walking":
+        text += _DIFFER.format(name=setup.differ)
     if version > 1:  # the transfer service unpacks for snapshotters that it is told of, and no others
-        differ = f"{setup.name}-diff" if setup.differ else "walking"
-        for snapshotter, with_differ in {"overlayfs": "walking", setup.name: differ}.items():
+        for snapshotter, with_differ in {"overlayfs": "walking", setup.name: setup.differ}.items():
             text += _UNPACK.format(architecture=architecture(), snapshotter=snapshotter, differ=with_differ)
     return text
 

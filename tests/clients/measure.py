@@ -71,7 +71,7 @@ class Side:
 
 
 def _sides(stack: ExitStack, release: str, work: Path, image: Path) -> Iterator[Side]:
-    for name in ("hpmapper-fast", "hpmapper", "overlay"):
+    for name in ("hpmapper-fast", "hpmapper", "overlay", "erofs"):
         containerd = stack.enter_context(running(Case(release, name), work))
         reference = f"{REGISTRY}/measured:latest"
         archive = containerd.machine.path("/data/image.tar")
@@ -82,7 +82,8 @@ def _sides(stack: ExitStack, release: str, work: Path, image: Path) -> Iterator[
         archive.unlink()
         if name == "hpmapper-fast":
             yield Side("containerd's overlayfs", containerd, "overlayfs", reference)
-        yield Side(f"our {name}", containerd, containerd.setup.name, reference)
+        own = "our" if containerd.setup.command else "containerd's"
+        yield Side(f"{own} {name}", containerd, containerd.setup.name, reference)
 
 
 def main() -> None:

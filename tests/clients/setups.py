@@ -33,9 +33,10 @@ SETUPS = {
     "overlayfs": Setup("overlayfs"),
     "peer": Setup("peer", "/data/snapserver -root {root} -address {socket}"),
     **{driver: Setup(driver, servers.ours(driver, python="python3").command) for driver in servers.DRIVERS},
-    "hpmapper-fast": Setup("hpmapper", servers.ours("hpmapper", python="python3").command, differ=True),
+    "hpmapper-fast": Setup("hpmapper", servers.ours("hpmapper", python="python3").command, "hpmapper-diff"),
+    "erofs": Setup("erofs", differ="erofs"),
 }
-"""containerd's own overlayfs as it is, and behind a socket; each of our drivers; and with our differ."""
+"""containerd's overlayfs as it is, and behind a socket; each of our drivers; with our differ; its erofs."""
 
 
 @dataclass(frozen=True)

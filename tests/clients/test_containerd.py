@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.clients]
 
 # Debian 12's containerd has no proxies for differs.
 CASES = [
-    *(Case("bookworm", name) for name, setup in SETUPS.items() if setup.command and not setup.differ),
+    *(Case("bookworm", name) for name, setup in SETUPS.items() if setup.command and not setup.fast),
     *(Case(release, name) for release in ("trixie", "sid") for name, setup in SETUPS.items() if setup.command),
 ]
 
@@ -108,7 +108,7 @@ def test_a_commit_is_the_same_image_elsewhere(containerd: Containerd, demo: Path
 
 
 def test_a_commit_keeps_extended_attributes(containerd: Containerd, demo: Path, tmp_path: Path) -> None:
-    if not (containerd.setup.differ and containerd.tells_namespaces):
+    if not (containerd.setup.fast and containerd.tells_namespaces):
         pytest.skip("containerd's own differ makes the layer, and writes no extended attributes but capabilities")
     reference, name = containerd.push(demo, "demo", NAMESPACE), containerd.setup.name
     containerd.pull(reference, name)
