@@ -17,6 +17,8 @@ from hpmapper.images import Images
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import images as image_rows
 from hpmapper.meta import snapshots
+from hpmapper.migrate.move import Migration, Moved
+from hpmapper.migrate.roots import remove_source, source_of, target_of
 from hpmapper.model import Kind
 from hpmapper.root import Opened, open_root
 from hpmapper.testing import trees
@@ -167,3 +169,25 @@ def _roots(opened: Opened) -> dict[str, dict[bytes, trees.Facts]]:
         if committed:
             opened.engine.remove(look)
     return found
+
+
+class Silent:
+    """Watches a migration without a word."""
+
+    def phase(self, name: str, total: int) -> None:
+        pass
+
+    def item(self, name: str) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass
+
+
+def migrate(source: Config, target: Config, *, remove: bool = False) -> Moved:
+    """As the command does."""
+    with source_of(source) as offered, target_of(target, source) as engine:
+        moved = Migration(offered, engine, target.floor(), Silent()).run()
+    if remove:
+        remove_source(source)
+    return moved

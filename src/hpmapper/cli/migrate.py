@@ -53,10 +53,11 @@ def migrate(
     remove: bool,
     quiet: bool,
 ) -> None:
-    """Move images and stopped containers to a root with another driver.
+    """Move everything to a root with another driver.
 
-    Layers, containers and containerd's snapshots are read again from the target and compared before it ends. Whatever
-    ends it early, the same command goes on where it stopped. The source stays, unless --remove-source is given.
+    Images, stopped containers, and the snapshots of containerd and Docker. All of it is read again from the target and
+    compared before this ends. Whatever ends it early, the same command goes on where it stopped. The source stays,
+    unless --remove-source is given.
     """
     if not state.debug:
         logging.basicConfig(level=logging.WARNING, format="hpmapper: %(message)s")
