@@ -20,17 +20,19 @@ from hpmapper.cli.state import State, json_option, pass_state
 from hpmapper.config import Config
 from hpmapper.drivers.registry import by_name
 from hpmapper.errors import InvalidArgument
+from hpmapper.migrate.docker import DOCKER_DEVICEMAPPER
 from hpmapper.migrate.move import Migration, Moved, Watcher
 from hpmapper.migrate.roots import remove_source, source_of, target_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+_DOCKER_ROOT = Path("/var/lib/docker")
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command()
-@click.option("--from", "from_driver", metavar="DRIVER", help="The source's driver; it is checked.")
+@click.option("--from", "from_driver", metavar="DRIVER", help=f"The source's driver; or {DOCKER_DEVICEMAPPER}.")
 @click.option("--from-root", type=_DIRECTORY, metavar="DIR", help="The source [the root, if --to-root is another].")
 @click.option("--from-opt", multiple=True, metavar="NAME=VALUE", help="Storage options of the source; repeatable.")
 @click.option("--to", "to_driver", metavar="DRIVER", help="The target's driver [the first that works here].")
@@ -50,6 +52,7 @@ def migrate(
     to_driver: str | None,
     to_root: Path | None,
     to_opt: tuple[str, ...],
+    without_limits: bool,
     remove: bool,
     quiet: bool,
 ) -> None:
@@ -58,13 +61,20 @@ def migrate(
     Images, stopped containers, and the snapshots of containerd and Docker. All of it is read again from the target and
     compared before this ends. Whatever ends it early, the same command goes on where it stopped. The source stays,
     unless --remove-source is given.
+
+    --from docker-devicemapper reads the images and containers that Docker up to 24 has in the directory --from-root,
+    by default /var/lib/docker, and never writes there; Docker has to be stopped.
     """
     if not state.debug:
         logging.basicConfig(level=logging.WARNING, format="hpmapper: %(message)s")
+    if from_driver == DOCKER_DEVICEMAPPER:
+        if remove:
+            raise InvalidArgument("Docker's directory is only read", hint="leave --remove-source out")
+        from_root = from_root or _DOCKER_ROOT
     source, target = _ends(config_of(state), from_root, to_root)
     source = _with(source, from_driver, from_opt)
     target = _with(target, to_driver, to_opt)
-    moved = _moved(source, target, remove=remove, quiet=quiet or state.json)
+    moved = _moved(source, target, limits=not without_limits, remove=remove, quiet=quiet or state.json)
     facts = {
         "source": str(source.root),
         "target": str(target.root),
@@ -85,13 +95,15 @@ def _ends(config: Config, from_root: Path | None, to_root: Path | None) -> tuple
 
 
 def _with(config: Config, driver: str | None, options: tuple[str, ...]) -> Config:
-    named = config if driver is None else replace(config, driver=by_name(driver).name)
-    return named.with_options(options)
+    if driver is not None:
+        known = driver if driver == DOCKER_DEVICEMAPPER else by_name(driver).name
+        config = replace(config, driver=known)
+    return config.with_options(options)
 
 
-def _moved(source: Config, target: Config, *, remove: bool, quiet: bool) -> Moved:
+def _moved(source: Config, target: Config, *, limits: bool, remove: bool, quiet: bool) -> Moved:
     with source_of(source) as offered, target_of(target, source) as engine, _watching(quiet=quiet) as watcher:
-        migration = Migration(offered, engine, target.floor(), watcher)
+        migration = Migration(offered, engine, target.floor(), watcher, limits=limits)
         moved = migration.run()
         if remove:
             migration.require_all_moved()

@@ -68,11 +68,13 @@ class Moved:
 class Migration:
     """One migration between an open source and an open target. Nobody else may change either meanwhile."""
 
-    def __init__(self, source: Source, target: Engine, floor: Floor, watcher: Watcher) -> None:
+    def __init__(self, source: Source, target: Engine, floor: Floor, watcher: Watcher, *, limits: bool = True) -> None:
+        """`limits`: containers keep their size limits."""
         self._source = source
         self._target = target
         self._db = target.db
         self._floor = floor
+        self._limits = limits
         self._watcher = watcher
         self._images = Images(target)
         self._placed: dict[str, Snapshot] = {}
@@ -126,11 +128,11 @@ class Migration:
                 )
 
     def _require_limits(self, contents: Contents) -> None:
-        limited = [item for item in contents.snapshots if item.size_limit is not None]
+        limited = [item for item in contents.snapshots if item.size_limit is not None and self._limits]
         if limited and not self._target.driver.capabilities.size_limits:
             raise Unsupported(
                 f"{_name_of(limited[0])} has a size limit, which cannot be kept here",
-                hint="see hpmapper doctor for size limits, or make it again without one",
+                hint="hpmapper doctor says what size limits need; --without-limits drops them",
             )
 
     def _require_room(self, contents: Contents) -> None:
@@ -232,7 +234,8 @@ class Migration:
         if unfinished is not None:
             self._target.remove(unfinished)
         parent = self._placed[item.parent] if item.parent else None
-        made = self._target.record(_UNFINISHED + item.key, parent, item.kind, size=item.size_limit).snapshot
+        size = item.size_limit if self._limits else None
+        made = self._target.record(_UNFINISHED + item.key, parent, item.kind, size=size).snapshot
         try:
             self._finish(item, made)
         except BaseException:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from hpmapper.config import Config
 from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.migrate.docker import DOCKER_DEVICEMAPPER, docker_devicemapper
 from hpmapper.migrate.ours import Ours
 from hpmapper.migrate.source import Source
 from hpmapper.root import DATABASE, make_root, only_daemon, open_root, remove_root
@@ -16,11 +17,15 @@ from hpmapper.runtime import place
 
 @contextmanager
 def source_of(config: Config) -> Iterator[Source]:
-    """A root of ours to move from.
+    """A root of ours to move from; or Docker's directory, if that is what the driver's name says.
 
     Raises:
         NotFound: there is none. FailedPrecondition: a daemon serves it, a container runs, or it has another driver.
     """
+    if config.driver == DOCKER_DEVICEMAPPER:
+        with docker_devicemapper(config.root, config.options) as found:
+            yield found
+        return
     with open_root(config, create=False) as opened, only_daemon(config.root):
         _require_stopped(config)
         yield Ours(opened.engine, config.root)
@@ -44,7 +49,7 @@ def target_of(config: Config, source: Config) -> Iterator[Engine]:
 
 
 def remove_source(config: Config) -> None:
-    """Remove a source after all of it was moved."""
+    """Remove a root of ours after all of it was moved."""
     _require_stopped(config)
     remove_root(config, force=True)
     place.forget(config.root)
