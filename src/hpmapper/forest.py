@@ -60,7 +60,7 @@ MAX_SIZE_LABEL = "containerd.io/snapshot/max-size"
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
-_HIDDEN = "applied:"
+HIDDEN = "applied:"
 """How the keys begin of committed snapshots that hold an applied layer below what was written on top of it."""
 
 Labels = Mapping[str, str]
@@ -324,7 +324,7 @@ class Forest:
         if applied is not None:
             snapshots.forget_applied(transaction, active.id)
         if applied is not None and written is not None:
-            hidden = snapshots.add(transaction, f"{_HIDDEN}{active.id}", Kind.ACTIVE, below)
+            hidden = snapshots.add(transaction, f"{HIDDEN}{active.id}", Kind.ACTIVE, below)
             snapshots.committed(transaction, hidden.id, hidden.key, applied, below)
             below = snapshots.by_id(transaction, hidden.id)
         layer = written if written is not None else applied
@@ -353,7 +353,7 @@ class Forest:
         with self._db.transaction() as transaction:
             snapshots.begin_removal(transaction, snapshot, None)
             if snapshot.kind is Kind.COMMITTED:
-                snapshots.forget_hidden(transaction, f"{_HIDDEN}{snapshot.id}")
+                snapshots.forget_hidden(transaction, f"{HIDDEN}{snapshot.id}")
             elif snapshot.applied is not None:
                 snapshots.forget_applied(transaction, snapshot.id)
         faults.point("forest.removed")
@@ -543,7 +543,7 @@ class Forest:
         parent = snapshot.parent
         while parent is not None:
             row = snapshots.by_id(self._db, parent)
-            if not row.key.startswith(_HIDDEN):
+            if not row.key.startswith(HIDDEN):
                 return self._outer(row.key)
             parent = row.parent
         return ""

@@ -99,12 +99,12 @@ class Images:
         final = image.finish(unpacked)
         row = self.record(final.config_bytes, parent, sum(layer.size for layer in unpacked), names)
         if image.start_profile:
-            self._keep_profile(row, image.start_profile)
+            self.keep_profile(row, image.start_profile)
         known = [number for number, taken in enumerate(layers) if taken.ingested is None]
         not_read = sum(image.layers[number].size or 0 for number in known)
         return Brought(row, tuple(layers), not_read, sum(unpacked[number].size for number in known))
 
-    def _keep_profile(self, row: ImageRow, data: bytes) -> None:
+    def keep_profile(self, row: ImageRow, data: bytes) -> None:
         """Keep a profile that came with an image, unless it already has one of this machine."""
         if profiles.find(self._db, row.id) is not None:
             return

@@ -211,16 +211,20 @@ def _settle(config: Config, db: Database, *, create: bool) -> tuple[Registered, 
 
 
 def _make(config: Config, db: Database, *, force: bool = False) -> tuple[Registered, PoolConfig]:
-    if config.driver is None:
+    asked = registry.by_name(config.driver) if config.driver is not None else None
+    if asked is None and db.setting("pool") is None:  # else it is a pool that was being made
+        asked = _prior(config.root)
+    if asked is None:
         registered, verdicts = registry.choose(config.root, config.pool)
         for name, verdict in verdicts.items():
             if not verdict.works:
-                log.warning("storage driver %s does not work here: %s", name, verdict.why)
+                log.warning("storage driver %s does not work here: %s", name, verdict.reason)
     else:
-        registered = registry.by_name(config.driver)
+        registered = asked
         verdict = registry.probe(registered, config.root, config.pool(registered))
         if not verdict.works:
-            raise Unsupported(f"storage driver {registered.name} does not work here: {verdict.why}")
+            raise Unsupported(f"storage driver {registered.name} does not work here: {verdict.reason}")
+    _require_no_data(config.root, registered)
     wanted = config.pool(registered)
     if registered.needs_pool:
         wanted = _make_pool(config.root, db, wanted, force=force)
@@ -228,6 +232,34 @@ def _make(config: Config, db: Database, *, force: bool = False) -> tuple[Registe
     db.set_setting("driver", registered.name)
     faults.point("root.recorded")
     return registered, wanted
+
+
+def _prior(root: Path) -> Registered | None:
+    """The driver that has left something in a root that no database speaks for, as Docker finds its own.
+
+    Raises:
+        FailedPrecondition: there are several.
+    """
+    found = registry.prior(root)
+    if len(found) > 1:
+        raise FailedPrecondition(
+            f"{root} contains several valid graphdrivers: {', '.join(one.name for one in found)}",
+            hint="clean up, or choose a storage driver explicitly: --storage-driver",
+        )
+    return found[0] if found else None
+
+
+def _require_no_data(root: Path, registered: Registered) -> None:
+    """Refuse to take over layers that the database does not know: it would have them removed as rubbish.
+
+    A pool that is not known refuses by itself to be made again.
+    """
+    layers = root / registered.name / "l"
+    if not registered.needs_pool and layers.is_dir() and next(layers.iterdir(), None) is not None:
+        raise FailedPrecondition(
+            f"{layers} has layers, but there is no database that knows them",
+            hint=f"restore {root / DATABASE} from a backup, or move {root / registered.name} away",
+        )
 
 
 def _make_pool(root: Path, db: Database, wanted: PoolConfig, *, force: bool = False) -> PoolConfig:

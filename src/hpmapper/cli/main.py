@@ -24,6 +24,7 @@ COMMANDS = {
     "config": Lazy("hpmapper.cli.configure:config", "Make containerd or Docker use hpmapper."),
     "cache": Lazy("hpmapper.cli.cache:cache", "See and tidy the page cache."),
     "profile": Lazy("hpmapper.cli.profile:profile", "See, record and drop images' start profiles."),
+    "migrate": Lazy("hpmapper.cli.migrate:migrate", "Move everything to a root with another driver."),
     "info": Lazy("hpmapper.cli.system:info", "Show what is in use."),
     "doctor": Lazy("hpmapper.cli.system:doctor", "Try what this host can do."),
     "drivers": Lazy("hpmapper.cli.system:drivers", "List the storage drivers and whether they work here."),

@@ -25,8 +25,8 @@ def watching(*, quiet: bool) -> Iterator[Watcher]:
     elif not sys.stderr.isatty():
         yield _Lines()
     else:
-        with _bars() as bars:
-            yield _Bars(bars)
+        with bars() as drawn:
+            yield _Bars(drawn)
 
 
 def outcome(taken: Taken) -> str:
@@ -75,7 +75,8 @@ class _Bars:
         self._bars.console.print(f"layer {number + 1}/{self._count}: {outcome(taken)}", highlight=False)
 
 
-def _bars() -> Progress:
+def bars() -> Progress:
+    """Bars of bytes on standard error."""
     # rich takes 60 ms to import: only for those who see it.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

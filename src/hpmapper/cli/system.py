@@ -162,13 +162,19 @@ def _features_text(where: Path, features: list[Feature]) -> str:
 def drivers(state: State, directory: Path | None) -> None:
     """List the storage drivers and whether they work here.
 
-    The preferred ones come first.
+    The preferred ones come first. What each needs is really tried; if it does not work, it is said what makes it, or
+    why nothing does with this kernel.
     """
     config = config_of(state)
     where = _place(config, directory)
     used = _used_driver(state)
     facts = [
-        {"name": one.name, "in_use": one.name == used, **dataclasses.asdict(probe(one, where, config.pool(one)))}
+        {
+            "name": one.name,
+            "in_use": one.name == used,
+            "automatic": one.automatic,
+            **dataclasses.asdict(probe(one, where, config.pool(one))),
+        }
         for one in DRIVERS
     ]
     output.show(state, facts, lambda: "\n".join(map(_driver_line, facts)))
@@ -176,7 +182,13 @@ def drivers(state: State, directory: Path | None) -> None:
 
 def _driver_line(facts: dict[str, Any]) -> str:
     name = f"{facts['name']}{' (in use)' if facts['in_use'] else ''}"
-    return f"{name:<18}  {'works' if facts['works'] else 'does not work'}: {facts['why']}"
+    if facts["works"]:
+        verdict = "works here" if facts["automatic"] else "works here, when it is asked for"
+    elif facts["how"]:
+        verdict = f"could work: {facts['how']} ({facts['why']})"
+    else:
+        verdict = f"cannot work here: {facts['why']}"
+    return f"{name:<22}  {verdict}"
 
 
 def _used_driver(state: State) -> str | None:

@@ -156,10 +156,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What probing a driver found: whether it works here, and why not or how it could."""
+    """What probing a driver found: whether it works here, why it does not, and what makes it (`how`; "": nothing)."""
 
     works: bool
     why: str
+    how: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it does not work, and what would make it."""
+        return self.why + (f"; to get it: {self.how}" if self.how else "")
 
 
 @runtime_checkable

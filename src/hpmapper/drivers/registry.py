@@ -89,6 +89,9 @@ DRIVERS = (
 )
 """In the order in which they are preferred."""
 
+NEVER_PRIOR = ("vfs",)
+"""Drivers whose data does not speak for them, as in Docker."""
+
 REPEATABLE = {option for driver in DRIVERS for option in driver.repeatable}
 
 
@@ -114,8 +117,10 @@ def probe(registered: Registered, directory: Path, pool: PoolConfig) -> Verdict:
     missing = [group for group in _groups(registered, pool) if not any(seen[name].available for name in group)]
     if not missing:
         return Verdict(True, "all it needs was tried and works")
-    first = seen[missing[0][0]]
-    return Verdict(False, f"{first.name}: {first.detail}" + (f"; {first.how}" if first.how else ""))
+    # Of a group any will do: the one that can be had, or else the first.
+    lacking = [next((seen[name] for name in group if seen[name].remedy), seen[group[0]]) for group in missing]
+    why = "; ".join(f"{one.name}: {one.detail}" + ("" if one.remedy else f"; needs {one.how}") for one in lacking)
+    return Verdict(False, why, "; ".join(one.remedy for one in lacking) if all(one.remedy for one in lacking) else "")
 
 
 def _groups(registered: Registered, pool: PoolConfig) -> list[tuple[str, ...]]:
@@ -151,6 +156,27 @@ def choose(directory: Path, pool_of: Callable[[Registered], PoolConfig]) -> tupl
         if verdicts[registered.name].works:
             return registered, verdicts
     raise Unsupported("no storage driver works here", hint="hpmapper doctor says what is missing")
+
+
+def prior(root: Path) -> list[Registered]:
+    """The drivers that have left something in a root directory, in the order in which they are preferred.
+
+    Of those that need a pool only the first is named: a pool does not tell whose it is.
+    """
+    found = []
+    pool_seen = False
+    for registered in DRIVERS:
+        if registered.needs_pool:
+            if not pool_seen and ((root / "pool.img").exists() or _has_entries(root / "pool")):
+                found.append(registered)
+                pool_seen = True
+        elif registered.name not in NEVER_PRIOR and _has_entries(root / registered.name):
+            found.append(registered)
+    return found
+
+
+def _has_entries(directory: Path) -> bool:
+    return directory.is_dir() and next(directory.iterdir(), None) is not None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -38,6 +38,13 @@ class Mount(NamedTuple):
     source: str
     super_options: str
 
+    @property
+    def upper(self) -> str:
+        """An overlay's upper directory, "" if it has none."""
+        if self.fstype != "overlay":
+            return ""
+        return next((unescape(one[9:]) for one in self.super_options.split(",") if one.startswith("upperdir=")), "")
+
 
 def is_mountpoint(path: AnyPath) -> bool:
     """Whether something is mounted at `path` itself; one system call. A missing path is none."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ class Feature:
         gives: what it is good for.
         detail: what was seen.
         how: how to get it.
+        remedy: what gets it on this machine with the kernel that runs; "" if nothing does.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Feature:
     gives: str
     detail: str
     how: str
+    remedy: str = ""
 
 
 class _Missing(Exception):
@@ -65,6 +68,10 @@ class _Probe:
     gives: str
     how: str
     attempt: Callable[[Path], str]
+    module: str = ""
+    """The kernel module that it is in."""
+    by_place: bool = False
+    """Whether another directory may have it on the same kernel."""
 
 
 def probe_all(directory: Path, names: Sequence[str] | None = None) -> tuple[Feature, ...]:
@@ -99,7 +106,30 @@ def _try(one: _Probe, directory: Path) -> Feature:
             detail, available = one.attempt(scratch), True
     except (OSError, _Missing) as error:
         detail, available = _explain(error), False
-    return Feature(one.name, available, one.gives, detail, "" if available else one.how)
+    if available:
+        return Feature(one.name, True, one.gives, detail, "")
+    return Feature(one.name, False, one.gives, detail, one.how, _remedy(one))
+
+
+def _remedy(one: _Probe) -> str:
+    if one.module and not _is_loaded(one.module):
+        return f"modprobe {one.module}" if _is_loadable(one.module) else ""
+    return one.how if one.by_place else ""
+
+
+def _is_loaded(module: str) -> bool:
+    """Whether the running kernel has a module in it, loaded or built in."""
+    known = Path("/proc/filesystems").read_bytes().split()
+    return os.fsencode(module) in known or Path("/sys/module", module).exists()
+
+
+def _is_loadable(module: str) -> bool:
+    """Whether modprobe knows how to load a module into the running kernel."""
+    try:
+        done = subprocess.run(["modprobe", "-n", "-q", module], capture_output=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def _explain(error: Exception) -> str:
@@ -365,12 +395,15 @@ PROBES: tuple[_Probe, ...] = (
         "copies and copy-ups that share blocks, in constant time",
         "use XFS (mkfs.xfs -m reflink=1) or btrfs; a loop pool brings its own",
         _reflink,
+        by_place=True,
     ),
     _Probe(
         "overlay",
         "the overlay driver with its directories here",
         "a file system of the host's, such as XFS, btrfs or ext4; not overlay or NFS",
         _overlay,
+        module="overlay",
+        by_place=True,
     ),
     _Probe(
         "overlay-data-only",
@@ -401,36 +434,44 @@ PROBES: tuple[_Probe, ...] = (
         "layers' maps mounted straight from their files",
         "Linux 6.12 or newer with CONFIG_EROFS_FS_BACKED_BY_FILE",
         _erofs_file,
+        module="erofs",
     ),
     _Probe(
         "erofs-loop",
         "layers' maps mounted through loop devices, cached once",
         "CONFIG_EROFS_FS and CONFIG_BLK_DEV_LOOP (modprobe erofs loop), and access to /dev/loop-control",
         _erofs_loop,
+        module="erofs",
     ),
     _Probe(
         "loop-direct-io",
         "loop pools whose data is not cached twice",
         "put the root directory on XFS, btrfs or ext4",
         _loop_direct_io,
+        module="loop",
+        by_place=True,
     ),
     _Probe(
         "project-quota",
         "size limits for single containers",
         "XFS or ext4 mounted with prjquota, on a kernel with CONFIG_XFS_QUOTA or CONFIG_QFMT_V2; or btrfs instead",
         _project_quota,
+        by_place=True,
     ),
     _Probe(
         "btrfs",
         "the btrfs driver, and pools with btrfs",
         "CONFIG_BTRFS_FS (modprobe btrfs)",
         _btrfs,
+        module="btrfs",
     ),
     _Probe(
         "btrfs-subvolumes",
         "the btrfs driver with a directory here",
         "a file system that is btrfs; a loop pool brings its own",
         _subvolumes,
+        module="btrfs",
+        by_place=True,
     ),
     _Probe(
         "btrfs-simple-quotas",
@@ -449,6 +490,7 @@ PROBES: tuple[_Probe, ...] = (
         "deleted files that stay hidden in overlays",
         "XFS made with ftype=1 (mkfs.xfs's default), or another file system",
         _file_types,
+        by_place=True,
     ),
     _Probe(
         "trusted-xattr",
@@ -475,6 +517,7 @@ PROBES: tuple[_Probe, ...] = (
         "the devicemapper driver",
         "CONFIG_BLK_DEV_DM and CONFIG_DM_THIN_PROVISIONING (modprobe dm_thin_pool)",
         _device_mapper,
+        module="dm_thin_pool",
     ),
 )
 """Every feature, the most needed first."""

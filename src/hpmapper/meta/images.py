@@ -35,14 +35,19 @@ class ContainerRow:
     created: int
 
 
-def add_image(db: Transaction, image_id: str, config: bytes, top: SnapshotId | None, size: int) -> None:
-    """Record an image; one that is there stays as it is.
+def add_image(
+    db: Transaction, image_id: str, config: bytes, top: SnapshotId | None, size: int, created: int | None = None
+) -> None:
+    """Record an image, `created` (None: now) in nanoseconds since 1970; one that is there stays as it is.
 
     Raises:
         NotFound: its top layer was collected meanwhile.
     """
     try:
-        db.execute("INSERT OR IGNORE INTO image VALUES (?, ?, ?, ?, ?)", (image_id, config, top, size, time.time_ns()))
+        db.execute(
+            "INSERT OR IGNORE INTO image VALUES (?, ?, ?, ?, ?)",
+            (image_id, config, top, size, created or time.time_ns()),
+        )
     except sqlite3.IntegrityError:
         raise NotFound(f"the layers of image {image_id} were removed meanwhile", hint="try again") from None
 
@@ -109,14 +114,14 @@ def _image(row: Any, names: list[str]) -> ImageRow:
     return ImageRow(row["id"], row["config"], row["top"], row["size"], row["created"], tuple(names))
 
 
-def add_container(db: Transaction, name: str, snapshot: SnapshotId, image_id: str) -> None:
-    """Record a container.
+def add_container(db: Transaction, name: str, snapshot: SnapshotId, image_id: str, created: int | None = None) -> None:
+    """Record a container, `created` (None: now) in nanoseconds since 1970.
 
     Raises:
         AlreadyExists: the name is taken. NotFound: the image is gone.
     """
     try:
-        db.execute("INSERT INTO container VALUES (?, ?, ?, ?)", (name, snapshot, image_id, time.time_ns()))
+        db.execute("INSERT INTO container VALUES (?, ?, ?, ?)", (name, snapshot, image_id, created or time.time_ns()))
     except sqlite3.IntegrityError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
             raise AlreadyExists(f"container {name!r} exists already", hint="choose another --name") from None

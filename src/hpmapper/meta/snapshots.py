@@ -442,6 +442,16 @@ def all_labels(db: Database) -> dict[SnapshotId, dict[str, str]]:
     return found
 
 
+def rename(db: Transaction, snapshot: SnapshotId, key: str) -> None:
+    """Give a snapshot another key, which is free."""
+    db.execute("UPDATE snapshot SET key = ? WHERE id = ?", (key, snapshot))
+
+
+def set_times(db: Transaction, snapshot: SnapshotId, created: int, updated: int) -> None:
+    """Let a snapshot that came from elsewhere keep its times."""
+    db.execute("UPDATE snapshot SET created = ?, updated = ? WHERE id = ?", (created, updated, snapshot))
+
+
 def touch(db: Transaction, snapshot: SnapshotId) -> None:
     """Record that a snapshot was updated now."""
     db.execute("UPDATE snapshot SET updated = ? WHERE id = ?", (time.time_ns(), snapshot))
@@ -558,6 +568,11 @@ def known_blob(db: Database, digest: str) -> tuple[str, int] | None:
     """(DiffID, size in bytes) of the tar in a compressed layer that was read before."""
     row = db.row("SELECT diff_id, tar_size FROM blob WHERE digest = ?", digest)
     return (str(row[0]), int(row[1])) if row else None
+
+
+def blobs(db: Database) -> Iterator[tuple[str, str, int]]:
+    """(digest, DiffID, tar's size in bytes) of every compressed layer that was read before."""
+    return ((row[0], row[1], row[2]) for row in db.rows("SELECT digest, diff_id, tar_size FROM blob ORDER BY digest"))
 
 
 def forget_unused_blobs(db: Transaction) -> None:

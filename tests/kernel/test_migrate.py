@@ -1,0 +1,286 @@
+"""Moving a root's whole contents to another driver: all of it, verified, resumable, the source as it was."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hpmapper.check import check
+from hpmapper.config import Config
+from hpmapper.containers import Containers
+from hpmapper.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, NoSpace
+from hpmapper.image.opening import SourceOptions
+from hpmapper.images import Images
+from hpmapper.kernel import mount, sync
+from hpmapper.migrate.move import Migration
+from hpmapper.migrate.roots import source_of, target_of
+from hpmapper.root import DATABASE, only_daemon, open_root, remove_root
+from hpmapper.runtime import place
+from hpmapper.testing.tars import member, tar
+from tests import migration, scenario
+from tests.migration import Silent, migrate
+
+pytestmark = pytest.mark.kernel
+
+HOST = ("hpmapper", "overlay", "btrfs", "vfs")
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory, private_mounts: None) -> Iterator[dict[str, Config]]:
+    """A root of each driver with one of everything."""
+    made: dict[str, Config] = {}
+    for driver in HOST:
+        directory = tmp_path_factory.mktemp(driver)
+        made[driver] = migration.config(directory, driver, "source")
+        migration.stock(made[driver], directory)
+        _detach(made[driver])
+    yield made
+    for config in made.values():
+        remove_root(config, force=True)
+
+
+def _detach(config: Config) -> None:
+    with open_root(config) as opened:
+        opened.engine.detach()
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(HOST, 2)))
+def test_everything_moves(before: str, after: str, stocked: dict[str, Config], tmp_path: Path) -> None:
+    source, target = stocked[before], migration.config(tmp_path, after, "target")
+    expected = migration.picture(source)
+    try:
+        moved = migrate(source, target)
+        assert (moved.images, moved.containers) == (3, 2)
+        assert moved.new == moved.snapshots + moved.containers
+        found = migration.picture(target)
+        assert found.pop("blobs") >= expected["blobs"], "reading the tars has added to what is known"
+        assert migration.picture(source) == expected, "the source is as it was"
+        if "vfs" in (before, after):
+            for one in (found, expected):  # vfs tells changes by their times
+                one["changes"]["changed"] = [at for at in one["changes"]["changed"] if at.path != migration.UNSEEN]
+        for what, value in found.items():
+            assert value == expected[what], what
+        assert migrate(source, target).new == 0, "nothing is left to be moved"
+    finally:
+        remove_root(target, force=True)
+        _detach(source)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Config]:
+    """A root of the overlay driver with an image and a container, which tests may spoil."""
+    source = migration.config(tmp_path, "overlay", "source")
+    scenario.write_layouts(tmp_path / "layouts")
+    with open_root(source) as opened:
+        images = Images(opened.engine)
+        images.bring(str(tmp_path / "layouts/base"), SourceOptions(spool=tmp_path), ["base"], scenario.Silent())
+        Containers(opened.engine).create("base", "one")
+    yield source
+    if (source.root / DATABASE).exists():
+        remove_root(source, force=True)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Config]:
+    """Where to move to; removed afterwards."""
+    config = migration.config(tmp_path, "vfs", "target")
+    yield config
+    if (config.root / DATABASE).exists():
+        remove_root(config, force=True)
+
+
+def test_the_source_goes_only_when_told_to(small: Config, target: Config) -> None:
+    migrate(small, target)
+    assert (small.root / DATABASE).exists()
+    migrate(small, target, remove=True)
+    assert not small.root.exists()
+    with open_root(target) as opened:
+        assert [row.name for row in Containers(opened.engine).all()] == ["one"]
+        assert list(check(opened.engine)) == []
+
+
+def test_what_came_in_meanwhile_keeps_the_source(small: Config, target: Config) -> None:
+    with source_of(small) as offered, target_of(target, small) as engine:
+        moving = Migration(offered, engine, target.floor(), Silent())
+        moving.run()
+        with open_root(small) as another:
+            Containers(another.engine).create("base", "two")
+        with pytest.raises(FailedPrecondition, match="container-two"):
+            moving.require_all_moved()
+
+
+def test_a_damaged_layer_is_refused_by_name(small: Config, target: Config) -> None:
+    victim = next(small.root.glob("overlay/l/*/diff/big0"))
+    data = bytearray(victim.read_bytes())
+    data[1000] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(Corrupt, match=r"layer \d+ of snapshot 'sha256:.*source.*DiffID"):
+        migrate(small, target)
+    with open_root(target) as opened:
+        assert Images(opened.engine).all() == []
+        scenario.assert_no_orphans(opened.engine)
+
+
+def test_a_layer_with_a_file_missing_is_refused_by_name(small: Config, target: Config) -> None:
+    next(small.root.glob("overlay/l/*/diff/big0")).unlink()
+    with pytest.raises(Corrupt, match=r"layer \d+ of snapshot 'sha256:.*big0 is missing"):
+        migrate(small, target)
+
+
+def test_a_target_that_was_changed_is_told_from_the_source(small: Config, target: Config) -> None:
+    """What a run has found in the target is not believed to be what an earlier run has put there."""
+    migrate(small, target)
+    with open_root(target) as opened:
+        containers = Containers(opened.engine)
+        (containers.mount(containers.get("one")) / "etc/small").write_bytes(b"other")
+    with pytest.raises(Corrupt, match="container 'one' is not the same in the target: /etc/small"):
+        migrate(small, target)
+
+
+def test_damage_in_the_target_is_found(small: Config, target: Config) -> None:
+    migrate(small, target)
+    for victim in target.root.glob("vfs/l/*/diff/big0"):
+        victim.write_bytes(b"x" * victim.stat().st_size)
+    with pytest.raises(Corrupt, match="came out otherwise"):
+        migrate(small, target)
+
+
+def test_a_container_in_use_is_refused(small: Config, target: Config) -> None:
+    with open_root(small) as opened:
+        containers = Containers(opened.engine)
+        root = containers.mount(containers.get("one"))
+    with (root / "etc/small").open("rb"), pytest.raises(FailedPrecondition, match=r"container-one.*in use"):
+        migrate(small, target)
+    assert migrate(small, target).containers == 1, "one that is mounted and idle is unmounted"
+
+
+def test_what_an_engine_has_mounted_is_refused(small: Config, target: Config, tmp_path: Path) -> None:
+    """containerd mounts what the overlay driver hands out itself, and goes on when the daemon is stopped."""
+    elsewhere = tmp_path / "bundle"
+    elsewhere.mkdir()
+    with open_root(small) as opened:
+        spec = opened.engine.handout(Containers(opened.engine).snapshot(Containers(opened.engine).get("one")))
+    subprocess.run(["mount", "-t", spec.type, spec.source, "-o", ",".join(spec.options), str(elsewhere)], check=True)
+    try:
+        with pytest.raises(FailedPrecondition, match=f"mounted at {elsewhere}"):
+            migrate(small, target)
+    finally:
+        mount.umount(elsewhere)
+
+
+def test_a_bind_of_a_root_is_refused(small: Config, target: Config, tmp_path: Path) -> None:
+    """vfs hands out binds, which keep nothing busy."""
+    elsewhere = tmp_path / "bundle"
+    elsewhere.mkdir()
+    migrate(small, target)
+    with open_root(target) as opened:
+        containers = Containers(opened.engine)
+        mount.bind(containers.mount(containers.get("one")), elsewhere)
+    try:
+        with pytest.raises(FailedPrecondition, match=f"mounted at {elsewhere}"):
+            migrate(target, migration.config(tmp_path, "overlay", "third"))
+    finally:
+        mount.umount(elsewhere)
+        remove_root(migration.config(tmp_path, "overlay", "third"), force=True)
+
+
+def test_a_daemon_at_either_end_is_refused(small: Config, target: Config) -> None:
+    with only_daemon(small.root), pytest.raises(FailedPrecondition, match="a daemon serves"):
+        migrate(small, target)
+    migrate(small, target)
+    with only_daemon(target.root), pytest.raises(FailedPrecondition, match="a daemon serves"):
+        migrate(small, target)
+
+
+def test_a_running_container_is_refused(small: Config, target: Config) -> None:
+    with place.Place(small.root, "one").held(), pytest.raises(FailedPrecondition, match="'one' is running"):
+        migrate(small, target)
+
+
+def test_too_little_room_is_refused_before_anything_is_moved(small: Config, target: Config) -> None:
+    with pytest.raises(NoSpace, match="does not fit"):
+        migrate(small, target.with_options(["min_free_space=100T"]))
+    with open_root(target) as opened:
+        assert opened.engine.driver.stored().layers == set()
+
+
+def test_other_things_of_the_same_name_are_refused(small: Config, target: Config, tmp_path: Path) -> None:
+    with open_root(target) as opened:
+        images = Images(opened.engine)
+        images.bring(str(tmp_path / "layouts/third"), SourceOptions(spool=tmp_path), ["base"], scenario.Silent())
+    with pytest.raises(AlreadyExists, match=r"another image docker\.io/library/base"):
+        migrate(small, target)
+    with open_root(target) as opened:
+        images = Images(opened.engine)
+        images.tag("base", "third")
+        images.remove("base")
+        Containers(opened.engine).create("third", "one")
+    with pytest.raises(AlreadyExists, match="another container 'one'"):
+        migrate(small, target)
+
+
+def test_one_root_is_not_two(small: Config) -> None:
+    with pytest.raises(InvalidArgument, match="one root"):
+        migrate(small, small)
+
+
+def test_large_files_keep_what_they_share(tmp_path: Path) -> None:
+    """A container that changed one block of a large file of its image costs about that block in the target."""
+    source, target = migration.config(tmp_path, "vfs", "source"), migration.config(tmp_path, "hpmapper", "target")
+    large = os.urandom(16 << 20)
+    try:
+        with open_root(source) as opened:
+            layer = tar(member(b"large", large))
+            (tmp_path / "rootfs.tar").write_bytes(layer)
+            images, containers = Images(opened.engine), Containers(opened.engine)
+            images.bring(f"tar:{tmp_path / 'rootfs.tar'}", SourceOptions(spool=tmp_path), ["one"], scenario.Silent())
+            one = containers.create("one", "one")
+            with (containers.mount(one) / "large").open("r+b") as file:
+                file.seek(1 << 20)
+                file.write(b"changed")
+        migrate(source, target)
+        with open_root(target) as opened:
+            containers = Containers(opened.engine)
+            sync.syncfs(containers.mount(containers.get("one")))
+            assert containers.usage(containers.get("one")).size < 1 << 20
+    finally:
+        for config in (source, target):
+            remove_root(config, force=True)
+
+
+def test_killed_anywhere_and_resumed(
+    stocked: dict[str, Config], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Killed at every step of its own, one after the other in one target, and then done: nothing is lost or twofold."""
+    source, target = stocked["vfs"], migration.config(tmp_path, "hpmapper", "target")
+    expected = migration.picture(source)
+    kills = 0
+    try:
+        for point in ("layer-recorded", "image-recorded", "begun", "copied", "recorded", "verified"):
+            for hit in (1, 2, 3):
+                status = scenario.in_child(lambda: migrate(source, target), f"migrate.{point}:{hit}")
+                kills += status == -signal.SIGKILL
+        assert kills >= 8
+        for hit in (1, 4):
+            scenario.in_child(lambda: migrate(source, target), f"ingest.synced:{hit}")
+        migrate(source, target)
+        found = migration.picture(target)
+        assert found.pop("blobs") >= expected["blobs"]
+        for one in (found, expected):
+            one["changes"]["changed"] = [at for at in one["changes"]["changed"] if at.path != migration.UNSEEN]
+        for what, value in found.items():
+            assert value == expected[what], what
+        with open_root(target) as opened:
+            opened.engine.collect()
+            assert list(check(opened.engine)) == []
+            scenario.assert_no_orphans(opened.engine)
+        record_property("kills", kills)
+    finally:
+        remove_root(target, force=True)
+        _detach(source)
