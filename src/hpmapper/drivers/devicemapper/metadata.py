@@ -79,20 +79,23 @@ class Metadata:
         return self._blocks(self._device_root(root, device))
 
     def changed(self, root: Superblock, before: int, after: int) -> set[int]:
-        """The blocks of device `after` that are not the ones of `before`: written since one was made of the other."""
+        """The blocks of device `after` that are not the ones of `before`: written since one was made of the other.
+
+        What is read is what the two do not share, and the inner nodes above it.
+        """
         old, new = self._device_root(root, before), self._device_root(root, after)
         if old == new:
             return set()
-        shared = set(self._nodes(old))
-        known = self._blocks(old)
-        found: set[int] = set()
-        for block, value in self._walk(new, without=shared):
-            if known.get(block) != _data_block(value):
-                found.add(block)
-        return found
+        shared = self._nodes(old) & self._nodes(new)
+        known = self._blocks(old, without=shared)
+        return {block for block, data in self._blocks(new, without=shared).items() if known.get(block) != data}
 
-    def _blocks(self, tree: int) -> dict[int, int]:
-        return {block: _data_block(value) for block, value in self._walk(tree)}
+    def is_unchanged(self, root: Superblock, before: int, after: int) -> bool:
+        """Whether nothing at all was written to `after` since it was made of `before`: they are one tree."""
+        return self._device_root(root, before) == self._device_root(root, after)
+
+    def _blocks(self, tree: int, without: set[int] | None = None) -> dict[int, int]:
+        return {block: _data_block(value) for block, value in self._walk(tree, without=without)}
 
     def _device_root(self, root: Superblock, device: int) -> int:
         for found, value in self._walk(root.mappings, only=device):
@@ -123,19 +126,21 @@ class Metadata:
                 children = children[at : at + 1] if at >= 0 else []
             pending.extend(reversed(children))
 
-    def _nodes(self, tree: int) -> Iterator[int]:
-        """The blocks that a tree consists of."""
-        pending = [tree]
-        seen = 0
-        while pending:
-            block = pending.pop()
-            seen += 1
-            if seen > self._limit:
+    def _nodes(self, tree: int) -> set[int]:
+        """The blocks that a tree consists of. Its leaves, which all are equally deep, are not read but for one."""
+        found, level = {tree}, [tree]
+        while self._node(level[0])[0] == _INTERNAL:
+            level = [int.from_bytes(value, "little") for block in level for value in self._inner(block)]
+            if not level or not found.isdisjoint(level) or len(found) > self._limit:
                 raise Corrupt("the pool's metadata has a tree that runs in a circle", hint="hpmapper pool check")
-            yield block
-            flags, _, values = self._node(block)
-            if flags == _INTERNAL:
-                pending.extend(int.from_bytes(value, "little") for value in values)
+            found.update(level)
+        return found
+
+    def _inner(self, block: int) -> list[bytes]:
+        flags, _, values = self._node(block)
+        if flags != _INTERNAL:
+            raise Corrupt(f"block {block} of the pool's metadata is no inner node", hint="hpmapper pool check")
+        return values
 
     def _node(self, block: int) -> tuple[int, tuple[int, ...], list[bytes]]:
         data = self._read(block, _NODE_SALT)
