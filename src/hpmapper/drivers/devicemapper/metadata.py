@@ -12,7 +12,8 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,26 @@ class Metadata:
         """Whether nothing at all was written to `after` since it was made of `before`: they are one tree."""
         return self._device_root(root, before) == self._device_root(root, after)
 
+    def exclusive(self, root: Superblock) -> dict[int, int]:
+        """Of each device's blocks, how many no other has: what deleting it gives back. By id, in blocks.
+
+        A leaf that several devices share is read once, and holds nothing that one has alone.
+        """
+        tops = {device: self._device_root(root, device) for device in self.devices(root)}
+        leaves = {device: self._leaves(top) for device, top in tops.items()}
+        users = Counter(leaf for found in leaves.values() for leaf in found)
+        owners: Counter[int] = Counter()
+        for leaf, count in users.items():
+            for block in self._data_blocks(leaf):
+                owners[block] += count
+        return {
+            device: sum(owners[block] == 1 for leaf in found if users[leaf] == 1 for block in self._data_blocks(leaf))
+            for device, found in leaves.items()
+        }
+
+    def _data_blocks(self, leaf: int) -> Iterator[int]:
+        return map(_data_block, self._node(leaf)[2])
+
     def _blocks(self, tree: int, without: set[int] | None = None) -> dict[int, int]:
         return {block: _data_block(value) for block, value in self._walk(tree, without=without)}
 
@@ -127,14 +148,23 @@ class Metadata:
             pending.extend(reversed(children))
 
     def _nodes(self, tree: int) -> set[int]:
-        """The blocks that a tree consists of. Its leaves, which all are equally deep, are not read but for one."""
-        found, level = {tree}, [tree]
+        """The blocks that a tree consists of."""
+        return {block for level in self._levels(tree) for block in level}
+
+    def _leaves(self, tree: int) -> list[int]:
+        """The blocks that are a tree's leaves."""
+        return list(self._levels(tree))[-1]
+
+    def _levels(self, tree: int) -> Iterator[list[int]]:
+        """A tree's blocks, level by level. All leaves are equally deep; they are not read, but for one."""
+        level, seen = [tree], {tree}
+        yield level
         while self._node(level[0])[0] == _INTERNAL:
             level = [int.from_bytes(value, "little") for block in level for value in self._inner(block)]
-            if not level or not found.isdisjoint(level) or len(found) > self._limit:
+            if not level or not seen.isdisjoint(level) or len(seen) > self._limit:
                 raise Corrupt("the pool's metadata has a tree that runs in a circle", hint="hpmapper pool check")
-            found.update(level)
-        return found
+            seen.update(level)
+            yield level
 
     def _inner(self, block: int) -> list[bytes]:
         flags, _, values = self._node(block)
@@ -179,12 +209,3 @@ def opened(path: Path) -> Iterator[Metadata]:
         yield Metadata(fd)
     finally:
         os.close(fd)
-
-
-def exclusive(mappings: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
-    """Of each device's blocks, how many no other has: what deleting it gives back."""
-    owners: dict[int, int] = {}
-    for blocks in mappings.values():
-        for block in blocks.values():
-            owners[block] = owners.get(block, 0) + 1
-    return {device: sum(owners[block] == 1 for block in blocks.values()) for device, blocks in mappings.items()}
