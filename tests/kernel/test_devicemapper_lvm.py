@@ -24,7 +24,7 @@ from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import member, tar
 from tests.scenario import in_child
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("lvm"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest("lvm", short=True), pytest.mark.timeout(1800)]
 
 _ONE, _TWO = SnapshotId(1), SnapshotId(2)
 _STEPS = (
@@ -40,7 +40,7 @@ def _disk(serial: str) -> Path:
     raise FileNotFoundError(f"no disk with the serial number {serial}")
 
 
-@pytest.fixture(params=["without udev", "udev"])
+@pytest.fixture(params=["without udev", pytest.param("udev", marks=pytest.mark.guest("lvm"))])
 def udev(request: pytest.FixtureRequest) -> Iterator[None]:
     """LVM's tools with udev and without: they make their links in different ways."""
     if request.param == "without udev":
@@ -176,6 +176,7 @@ def test_cut_short_at_each_step(tmp_path: Path, disks: tuple[Path, Path]) -> Non
             assert found.devices(root).keys() == {0, 1}
 
 
+@pytest.mark.guest("lvm")
 @pytest.mark.parametrize("step", ["lvm.intended", "lvm.volume-made", "lvm.data-made", "lvm.converted"])
 def test_undone_after_it_was_cut_short(tmp_path: Path, disks: tuple[Path, Path], step: str) -> None:
     """`pool rm` of a set-up that died leaves the disk as empty as it was."""

@@ -25,7 +25,7 @@ from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import member, tar
 from tests.kernel.test_devicemapper import attached
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm")]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm", short=True)]
 
 _MIB = 1 << 20
 _ONE, _TWO, _THREE, _LATE = (SnapshotId(number) for number in (1, 2, 3, 100))
