@@ -63,6 +63,7 @@ class Machine:
         self._write_documents = write_documents
         self._selection = {"features": list(features), "arguments": list(arguments), "module": module}
         self._qemu: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
         self.boots = 0
         self.started = time.monotonic()
 
@@ -151,6 +152,7 @@ class Machine:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What the guest sends, until it ends."""
+        assert self._connection is not None, "not entered"
         with self._connection.makefile("r", encoding="ascii") as stream:
             for line in stream:
                 yield json.loads(line)
@@ -165,3 +167,6 @@ class Machine:
             self._qemu.kill()
             self._qemu.wait()
             self._qemu = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -54,7 +54,9 @@ class Docker:
         self._root = root
         self._log = root / "docker.log"
         words = ["--storage-driver", driver, "--data-root", data, "--host", "unix:///docker.sock"]
-        words += [word for option in options for word in ("--storage-opt", option)]
+        # Without udev there is nothing to wait for; Docker wants to be told.
+        given = [*options, "dm.override_udev_sync_check=true"]
+        words += [word for option in given for word in ("--storage-opt", option)]
         words += ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false", "--experimental"]
         self._command = ["unshare", "-m", "--propagation", "private", "sh", "-c", _SETUP, "sh", str(root), *words]
 
