@@ -250,9 +250,13 @@ class Devices(PoolSetup):
             pass  # suspending freezes it
 
     def is_unwritten(self, record: Record) -> bool:
-        """Whether nothing at all was written to a device since it was made: not even by mounting it."""
+        """Whether nothing at all was written to a device since it was made: not even by mounting it.
+
+        Raises:
+            BlockingIOError: the metadata is being read by somebody else, who may take a while.
+        """
         parent = self.origin(record.parent)
-        with self.metadata() as (found, root):
+        with self.metadata(timeout=0) as (found, root):
             return found.is_unchanged(root, parent.device, record.device)
 
     def changed_blocks(self, record: Record) -> tuple[set[int], int]:

@@ -244,9 +244,11 @@ class DeviceMapperDriver(directory.DirectoryLayers):
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
         """It is plain until it is mounted, which writes to it."""
+        if self.root(snapshot).exists():
+            return False
         try:
             return self.devices.is_unwritten(self._snapshot_record(snapshot))
-        except (HpmapperError, OSError):  # a pool that cannot say
+        except (HpmapperError, OSError):  # the pool cannot say, or somebody else reads its metadata just now
             return False
 
     def unmount(self, snapshot: SnapshotId) -> None:
