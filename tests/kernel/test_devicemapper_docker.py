@@ -59,7 +59,7 @@ def _layers() -> list[bytes]:
     base = tar(
         *(folder(name) for name in (b"bin/", b"etc/", b"opt/", b"opt/a/", b"var/", b"var/lib/")),
         member(b"bin/busybox", busybox, mode=0o755),
-        *(member(b"bin/" + name, kind=LINK, link=b"bin/busybox") for name in names),
+        *(member(b"bin/" + name, kind=LINK, mode=0o755, link=b"bin/busybox") for name in names),
         member(b"bin/tool", b"#!/bin/sh\n", mode=0o755, uid=5, gid=6),
         member(b"etc/motd", b"hello\n"),
         member(b"etc/issue", b"issue\n", mode=0o600),

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from tests.vm import image
 from tests.vm.image import REPOSITORY
 from tests.vm.machine import QEMU
 
@@ -150,6 +151,12 @@ class Guests:
         wanted = {"features": sorted(marked), "arguments": arguments, "write_documents": self._writes}
         self._guest = Beside(wanted)
         self._arriving = self._guest.lines()
+
+    def pytest_report_collectionfinish(self) -> str | None:
+        if not self._chosen:
+            return None
+        how = "" if image.cached() else ", whose image is built first: a minute or more"
+        return f"{len(self._chosen)} tests run in a guest kernel beside the others{how}"
 
     def _reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The item's reports, waited for; if the guest is gone, one that says so."""
