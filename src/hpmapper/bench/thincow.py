@@ -131,12 +131,28 @@ class Writer:
             taken.append((time.perf_counter_ns() - before) / 1000)
         return taken
 
-    def read(self) -> float:
+    def read_pages(self, offsets: list[int]) -> list[float]:
+        taken = []
+        for offset in offsets:
+            before = time.perf_counter_ns()
+            os.preadv(self._fd, [self._page], offset)
+            taken.append((time.perf_counter_ns() - before) / 1000)
+        return taken
+
+    def read_all(self) -> float:
         """Read all of it, in pieces of a MiB; seconds."""
         piece = mmap.mmap(-1, _MIB)
         before = time.perf_counter()
         for offset in range(0, _SIZE, _MIB):
             os.preadv(self._fd, [piece], offset)
+        return time.perf_counter() - before
+
+    def write_some(self) -> float:
+        """Write an eighth of it, in pieces of a MiB; seconds."""
+        piece = mmap.mmap(-1, _MIB)
+        before = time.perf_counter()
+        for offset in range(0, _SIZE // 8, _MIB):
+            os.pwritev(self._fd, [piece], offset)
         return time.perf_counter() - before
 
 
@@ -159,7 +175,8 @@ def _measure(side: Side, dice: random.Random) -> Results:
             found["first write of a block, µs"] = writer.pages(first)
             found["second write, another page, µs"] = writer.pages(second)
             found["third write, the same page, µs"] = writer.pages(second)
-            found["reading all of it, s"] = [writer.read()]
+            found["reading a page, µs"] = writer.read_pages(first)
+            found["reading 256 MiB, s"] = [writer.read_all()]
         pages = len(first) + len(second)
         found["space for each page written, KiB"] = [(_used(side) - before) * _KIB / pages]
         if side.fine:
@@ -167,6 +184,8 @@ def _measure(side: Side, dice: random.Random) -> Results:
     with _root(side) as root, Writer(root, os.O_DSYNC) as writer:
         first, _ = _spread(dice)
         found["first write, synchronous, µs"] = writer.pages(first)
+    with _root(side) as root, Writer(root) as writer:
+        found["first write of 32 MiB, s"] = [writer.write_some()]
     return found
 
 
