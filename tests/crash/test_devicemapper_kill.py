@@ -13,7 +13,9 @@ from hpmapper.root import open_root
 from tests import scenario
 from tests.crash.test_kill import _KILLED, Place, _learn
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm"), pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(3000)]
+
+_PARTS = 4
 
 OPTIONS = [
     "dm.basesize=320M",
@@ -45,14 +47,18 @@ def _assert_pool_is_what_is_known(config: Config) -> None:
         assert active == {devices.pool}
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_killed_at_every_point(place: Place, half: int) -> None:
-    """Of points that are passed several times, at the first and the last."""
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.guest("dm", short=part == 0)) for part in range(_PARTS)]
+)
+def test_killed_at_every_point(place: Place, part: int) -> None:
+    """Of points that are passed several times, at the first and the last; each part takes every fourth."""
     _learn(place)
     hits: dict[str, list[str]] = {}
     for point in place.points():
         hits.setdefault(point.partition(":")[0], []).append(point)
-    chosen = [point for _, points in sorted(hits.items()) for point in dict.fromkeys((points[0], points[-1]))][half::2]
+    chosen = [point for _, points in sorted(hits.items()) for point in dict.fromkeys((points[0], points[-1]))][
+        part::_PARTS
+    ]
     for point in chosen:
         status, states = place.run(point)
         assert status == _KILLED, f"{point} was not reached"

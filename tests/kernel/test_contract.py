@@ -118,7 +118,13 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(
     scope="module",
-    params=[*LIMITED, *(pytest.param(name, marks=pytest.mark.guest("quota")) for name in LIMITED_BY_PROJECT)],
+    params=[
+        *LIMITED,
+        *(
+            pytest.param(name, marks=pytest.mark.guest("quota", short=name == "hpmapper-xfs"))
+            for name in LIMITED_BY_PROJECT
+        ),
+    ],
 )
 def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """A driver that must be able to limit sizes, or says why this kernel cannot."""

@@ -11,7 +11,7 @@ import pytest
 from hpmapper.drivers.devicemapper import DeviceMapperDriver, parse
 from hpmapper.testing import contract
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm")]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm", short=True)]
 
 SMALL = {"dm.basesize": "512M", "dm.loopdatasize": "4G", "dm.loopmetadatasize": "64M"}
 

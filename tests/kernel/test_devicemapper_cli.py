@@ -16,7 +16,7 @@ from hpmapper.cli.main import cli
 from hpmapper.kernel import dm, mount
 from tests.unit.test_cli_json import rootfs
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm", short=True), pytest.mark.timeout(1200)]
 
 Run = Callable[..., str]
 

@@ -19,11 +19,12 @@ from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import dm, dmudev
 from hpmapper.layer.stream import Expected
 from hpmapper.model import ObjectDigest, SnapshotId
+from hpmapper.pool.filesystem import signature
 from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import member, tar
 from tests.scenario import in_child
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("lvm"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest("lvm", short=True), pytest.mark.timeout(1800)]
 
 _ONE, _TWO = SnapshotId(1), SnapshotId(2)
 _STEPS = (
@@ -39,7 +40,7 @@ def _disk(serial: str) -> Path:
     raise FileNotFoundError(f"no disk with the serial number {serial}")
 
 
-@pytest.fixture(params=["without udev", "udev"])
+@pytest.fixture(params=["without udev", pytest.param("udev", marks=pytest.mark.guest("lvm"))])
 def udev(request: pytest.FixtureRequest) -> Iterator[None]:
     """LVM's tools with udev and without: they make their links in different ways."""
     if request.param == "without udev":
@@ -173,6 +174,18 @@ def test_cut_short_at_each_step(tmp_path: Path, disks: tuple[Path, Path]) -> Non
         _ingest(driver, _ONE, b"one")
         with driver.devices.metadata() as (found, root):
             assert found.devices(root).keys() == {0, 1}
+
+
+@pytest.mark.guest("lvm")
+@pytest.mark.parametrize("step", ["lvm.intended", "lvm.volume-made", "lvm.data-made", "lvm.converted"])
+def test_undone_after_it_was_cut_short(tmp_path: Path, disks: tuple[Path, Path], step: str) -> None:
+    """`pool rm` of a set-up that died leaves the disk as empty as it was."""
+    driver = DeviceMapperDriver(tmp_path / "d", parse(_options(disks[0])))
+    assert in_child(driver.attach, f"{step}:1") == -signal.SIGKILL
+    driver.devices.destroy()
+    for command in (["vgs", lvm.GROUP], ["pvs", str(disks[0])]):
+        assert subprocess.run(command, check=False, capture_output=True).returncode == 5
+    assert signature(disks[0]) is None
 
 
 def test_it_grows_by_itself(tmp_path: Path, disks: tuple[Path, Path]) -> None:

@@ -25,7 +25,7 @@ from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import member, tar
 from tests.kernel.test_devicemapper import attached
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm")]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm", short=True)]
 
 _MIB = 1 << 20
 _ONE, _TWO, _THREE, _LATE = (SnapshotId(number) for number in (1, 2, 3, 100))
@@ -250,6 +250,28 @@ def test_removal_gives_space_back_to_the_file_system_below(tmp_path: Path) -> No
         assert used * 512 > 20 * _MIB
         driver.remove(_ONE)
         assert (used - data.stat().st_blocks) * 512 > 19 * _MIB
+
+
+def test_options_reach_the_kernel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is asked for is what is mounted, made and left; and loop-lvm says what it is for."""
+    asked = {"mountopt": "logbufs=4", "mkfsarg": "-isize=1024", "blkdiscard": "false", "use_deferred_removal": "false"}
+    with attached(tmp_path / "d", xfs_nospace_max_retries="3", **asked) as driver:
+        assert "Usage of loopback devices is strongly discouraged for production use" in caplog.text
+        assert driver.status()["Deferred Removal Enabled"] == "false"
+        driver.prepare(_ONE, [])
+        root = driver.mount(_ONE, [])
+        found = dm.find(driver.devices.name(_ONE))
+        assert found is not None
+        assert not found.removing
+        assert "logbufs=4" in next(one.super_options for one in mount.mounts() if one.target == str(root))
+        assert fs.xfs_geometry(root).inode_size == 1024
+        knob = Path("/sys/fs/xfs", found.kernel_name, "error/metadata/ENOSPC/max_retries")
+        assert knob.read_text() == "3\n"
+        (root / "f").write_bytes(os.urandom(20 * _MIB))
+        driver.unmount(_ONE)
+        used = (driver.home / "data").stat().st_blocks
+        driver.remove(_ONE)
+        assert (driver.home / "data").stat().st_blocks >= used, "nothing was given back"
 
 
 def test_a_busy_device_is_deleted_later(tmp_path: Path) -> None:

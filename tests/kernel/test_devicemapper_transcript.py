@@ -18,7 +18,12 @@ from hpmapper.kernel import dm
 from tests.kernel.test_devicemapper_lvm import _disk
 from tests.unit.test_cli_json import rootfs
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm"), pytest.mark.guest("lvm"), pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.guest("dm", short=True),
+    pytest.mark.guest("lvm", short=True),
+    pytest.mark.timeout(1200),
+]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "devicemapper-transcript.md"
 ROOT = "/var/lib/hpmapper"

@@ -213,6 +213,23 @@ def test_file_systems_are_named(xfs: Path) -> None:
         fs.xfs_geometry("/proc")
 
 
+def test_inodes_lie_where_xfs_has_them(xfs: Path) -> None:
+    """Every inode on the device begins with "IN", and has its own number in it (struct xfs_dinode)."""
+    for directory in range(8):  # new directories go to other allocation groups
+        (xfs / f"d{directory}").mkdir()
+        for number in range(150):
+            (xfs / f"d{directory}" / f"f{number}").touch()
+    inodes = {path.stat().st_ino for path in xfs.rglob("*")}
+    geometry = fs.xfs_geometry(xfs)
+    mount.umount(xfs)
+    assert len({geometry.inode_offset(inode) // (geometry.group_blocks * geometry.block_size) for inode in inodes}) > 1
+    with xfs.with_suffix(".img").open("rb") as image:
+        for inode in inodes:
+            image.seek(geometry.inode_offset(inode))
+            core = image.read(160)
+            assert (core[:2], int.from_bytes(core[152:], "big")) == (b"IN", inode)
+
+
 def test_flags_and_projects(xfs: Path) -> None:
     path = write(xfs / "file", b"")
     fs.set_flags(path, fs.get_flags(path) | fs.FS_IMMUTABLE_FL)

@@ -17,7 +17,7 @@ from hpmapper.kernel import fs, loop, mount, quota
 from hpmapper.model import SnapshotId
 from hpmapper.pool.base import MIB
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest("quota")]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest("quota", short=True)]
 
 PROJECT = 2**31 + 12345
 LIMIT = 8 * MIB

@@ -1,7 +1,8 @@
 """In the guest: load what the chosen tests need, run them with pytest, and send each report to the host as it comes.
 
 /source/selection holds what the host wants: {"features": […], "arguments": [pytest's]}. Reports go as lines of JSON to
-the virtio port "reports"; their form is pytest's own (what pytest-xdist sends).
+the virtio port "reports"; their form is pytest's own (what pytest-xdist sends). With {"module": NAME} that module is
+run instead, and what it prints is sent (tests.vm.program).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ MODULES = {
     "lvm": ("dm_mod", "dm_thin_pool", "loop", "xfs", "virtio_blk"),
     "quota": ("xfs", "loop", "overlay", "erofs", "quota_v2"),
     "overlay": ("xfs", "loop", "overlay", "erofs"),
+    "docker": ("dm_mod", "dm_thin_pool", "loop", "xfs", "overlay"),
 }
 """What each feature of `@pytest.mark.guest(FEATURE)` needs loaded."""
 
@@ -63,16 +65,28 @@ class Loader:
 
 
 def main() -> int:
-    """Run the chosen tests; returns pytest's exit status."""
+    """Run the chosen tests, or the module; returns the exit status."""
     wanted = json.loads((SOURCE / "selection").read_text())
     modules = sorted({module for feature in wanted["features"] for module in MODULES.get(feature, ())})
     subprocess.run(["modprobe", "-a", *modules], check=True)
     with _port("reports").open("w", encoding="ascii") as port:
-        status = int(pytest.main(["-p", "no:cacheprovider", *wanted["arguments"]], plugins=[Loader(port)]))
-        if status:
-            said = subprocess.run(["dmesg", "--notime"], capture_output=True, text=True, check=False).stdout
-            port.write(json.dumps({"kernel": "\n".join(said.splitlines()[-_KERNEL_LINES:])}) + "\n")
+        if wanted["module"]:
+            return _run_module(wanted["module"], wanted["arguments"], port)
+        return _run_tests(wanted["arguments"], port)
+
+
+def _run_tests(arguments: list[str], port: TextIO) -> int:
+    status = int(pytest.main(["-p", "no:cacheprovider", *arguments], plugins=[Loader(port)]))
+    if status:
+        said = subprocess.run(["dmesg", "--notime"], capture_output=True, text=True, check=False).stdout
+        port.write(json.dumps({"kernel": "\n".join(said.splitlines()[-_KERNEL_LINES:])}) + "\n")
     return status
+
+
+def _run_module(name: str, arguments: list[str], port: TextIO) -> int:
+    done = subprocess.run([sys.executable, "-m", name, *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    port.write(json.dumps({"output": done.stdout, "status": done.returncode}) + "\n")
+    return done.returncode
 
 
 def _port(name: str) -> Path:

@@ -1,25 +1,31 @@
 """Tests marked `guest("FEATURE")` run in a guest under QEMU, whose kernel has what this host's may lack.
 
     @pytest.mark.guest("dm")                 run by ./test --vm
-    @pytest.mark.guest("dm", short=True)     and by ./test, if the guest's image is in the cache
+    @pytest.mark.guest("dm", short=True)     and by ./test
 
-The host's pytest collects them; all that are chosen run in one guest, and each report that it sends is the test's own:
-failures show as if they had happened here. Without --vm they are skipped, loudly.
+The host's pytest collects them; all that are chosen run in one guest, beside the host's own tests, and each report that
+it sends is the test's own: failures show as if they had happened here. The image of the guest is built meanwhile, if it
+has not been. Without --vm they are skipped, loudly.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.vm import image
-from tests.vm.machine import QEMU, Died, Machine
+from tests.vm.image import REPOSITORY
+from tests.vm.machine import QEMU
 
 INSIDE = "HPMAPPER_GUEST" in os.environ
 """Whether this is the guest."""
@@ -30,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vm",
         choices=("all", "short", "none"),
         default="none",
-        help="run the tests that need a guest kernel: all, the short ones if the image is cached, none [none]",
+        help="run the tests that need a guest kernel: all, the short ones, none [none]",
     )
 
     parser.addoption("--write-documents", action="store_true", help="write the documents that guest tests produce")
@@ -44,16 +50,53 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Guests(config), "guests")
 
 
+class Beside:
+    """The process that runs the guest, beside this pytest: a thread would not do, since tests fork."""
+
+    def __init__(self, selection: dict[str, Any]) -> None:
+        self._lines = os.memfd_create("guest")
+        self._read = 0
+        with tempfile.TemporaryFile("w+") as file:
+            json.dump(selection, file)
+            file.seek(0)
+            command = [sys.executable, "-m", "tests.vm.guest"]
+            self._process = subprocess.Popen(command, cwd=REPOSITORY, stdin=file, stdout=self._lines)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What comes, waited for until the process ends."""
+        while True:
+            ended = self._process.poll() is not None
+            yield from self._arrived()
+            if ended:
+                return
+            time.sleep(0.2)
+
+    def _arrived(self) -> Iterator[dict[str, Any]]:
+        # The process writes through the same open file: pread leaves the place alone at which it writes.
+        while data := os.pread(self._lines, 1 << 20, self._read):
+            whole, newline, _ = data.rpartition(b"\n")
+            if not newline:
+                return
+            self._read += len(whole) + 1
+            for line in whole.splitlines():
+                yield json.loads(line)
+
+    def end(self) -> None:
+        """End the process, and with it the guest."""
+        self._process.terminate()
+        self._process.wait()
+        os.close(self._lines)
+
+
 class Guests:
-    """Runs guest tests in a guest, after all others."""
+    """Runs guest tests in a guest, and shows their reports after all other tests."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._chosen: list[pytest.Item] = []
-        self._left_out = ""
-        self._stack = ExitStack()
-        self._machine: Machine | None = None
-        self._gone = False
+        self._left_out: list[str] = []
+        self._guest: Beside | None = None
+        self._died = ""
         self._seen: dict[str, list[pytest.TestReport]] = {}
         self._remarks: list[str] = []
         self._arriving: Iterator[dict[str, Any]] = iter(())
@@ -69,7 +112,9 @@ class Guests:
         for item in left:
             item.add_marker(pytest.mark.skip(reason=why or "is not short: ./test --vm"))
         if left:
-            self._left_out = f"{len(left)} of {len(guest)} tests in a guest kernel NOT RUN: {why or './test --vm'}"
+            self._left_out = [f"{len(left)} of {len(guest)} tests in a guest kernel NOT RUN: {why or './test --vm'}"]
+            counts = Counter(item.nodeid.partition("[")[0] for item in left)
+            self._left_out += [f"    {name}" + f" ({count} cases)" * (count > 1) for name, count in counts.items()]
         others = [item for item in items if item not in self._chosen]
         items[:] = [*others, *self._chosen]
 
@@ -81,8 +126,6 @@ class Guests:
             return "needs root: sudo ./test --vm"
         if shutil.which(QEMU) is None:
             return f"{QEMU} is not installed: apt install qemu-system-x86"
-        if mode == "short" and image.cached() is None:
-            return "the guest's image has not been built: ./test --vm builds it"
         return ""
 
     def _wanted(self, item: pytest.Item) -> bool:
@@ -100,27 +143,31 @@ class Guests:
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if not self._chosen or session.config.option.collectonly:
+            return
+        marked = {str(marker.args[0]) for item in self._chosen for marker in item.iter_markers("guest")}
+        arguments = [item.nodeid for item in self._chosen]
+        wanted = {"features": sorted(marked), "arguments": arguments, "write_documents": self._writes}
+        self._guest = Beside(wanted)
+        self._arriving = self._guest.lines()
+
+    def pytest_report_collectionfinish(self) -> str | None:
+        if not self._chosen:
+            return None
+        how = "" if image.cached() else ", whose image is built first: a minute or more"
+        return f"{len(self._chosen)} tests run in a guest kernel beside the others{how}"
+
     def _reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The item's reports, waited for; if the guest is gone, one that says so."""
-        try:
-            self._start()
-            while not any(report.when == "teardown" for report in self._seen.get(item.nodeid, ())):
-                self._take(next(self._arriving))
-            return self._seen.pop(item.nodeid)
-        except (Died, StopIteration) as error:
-            tail = self._machine.tail(60) if self._machine and not self._gone else ""
-            text = f"{error}\nthe guest sent no result of this test; the end of its console:\n{tail or 'see above'}"
-            self._gone = True
-            return [pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")]
-
-    def _start(self) -> None:
-        if self._machine is not None:
-            return
-        features = sorted({str(marker.args[0]) for item in self._chosen for marker in item.iter_markers("guest")})
-        arguments = [item.nodeid for item in self._chosen]
-        machine = Machine(image.build(), features, arguments, write_documents=self._writes)
-        self._machine = self._stack.enter_context(machine)
-        self._arriving = machine.lines()
+        while not any(report.when == "teardown" for report in self._seen.get(item.nodeid, ())):
+            line = next(self._arriving, None)
+            if line is None:
+                text = f"the guest sent no result of this test; {self._died or 'it ended'}"
+                self._died = "see above"
+                return [pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")]
+            self._take(line)
+        return self._seen.pop(item.nodeid)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "report" in line:
@@ -129,6 +176,8 @@ class Guests:
                 report.longrepr = tuple(report.longrepr)
             self._seen.setdefault(report.nodeid, []).append(report)
             self._write_documents(report)
+        elif "died" in line:
+            self._died = line["died"]
         else:
             self._remarks.append(": ".join(str(value) for value in line.values()))
 
@@ -140,18 +189,16 @@ class Guests:
         if self._writes and report.when == "call":
             for name, text in report.user_properties:
                 if name.startswith("document "):
-                    (image.REPOSITORY / "docs" / name.removeprefix("document ")).write_text(str(text))
+                    (REPOSITORY / "docs" / name.removeprefix("document ")).write_text(str(text))
                     self._remarks.append(f"written: docs/{name.removeprefix('document ')}")
 
-    def pytest_sessionfinish(self) -> None:
-        if self._machine is not None:
-            for line in self._arriving:
-                self._take(line)
-            closing = [line for line in self._machine.tail(5).splitlines() if not line.startswith("[ ")]
-            self._remarks += [f"guest: {line}" for line in closing]
-            seconds = time.monotonic() - self._machine.started
-            self._remarks.append(f"guest: {self._machine.boots} boot(s), {seconds:.0f} s in all")
-        self._stack.close()
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if self._guest is not None:
+            if exitstatus != pytest.ExitCode.INTERRUPTED:
+                for line in self._arriving:
+                    self._take(line)
+            self._guest.end()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not (self._remarks or self._left_out):
@@ -159,5 +206,5 @@ class Guests:
         terminalreporter.section("guest kernel")
         for remark in self._remarks:
             terminalreporter.line(remark)
-        if self._left_out:
-            terminalreporter.line(self._left_out, yellow=True, bold=True)
+        for line in self._left_out:
+            terminalreporter.line(line, yellow=True, bold=True)

@@ -135,9 +135,11 @@ def trim(path: AnyPath, minimum: int = 0) -> int:
 
 
 class XfsGeometry(NamedTuple):
-    """The parts of struct xfs_fsop_geom that are used here."""
+    """The parts of struct xfs_fsop_geom that are used here. `group_blocks`: blocks of an allocation group."""
 
     block_size: int
+    group_blocks: int
+    inode_size: int
     data_blocks: int
     uuid: bytes
     reflink: bool
@@ -147,14 +149,22 @@ class XfsGeometry(NamedTuple):
     def size(self) -> int:
         return self.block_size * self.data_blocks
 
+    def inode_offset(self, number: int) -> int:
+        """Where on the device an inode lies, in bytes (Linux: XFS_INO_TO_AGNO and its kin in libxfs/xfs_format.h)."""
+        in_block = (self.block_size // self.inode_size).bit_length() - 1
+        in_group = (self.group_blocks - 1).bit_length()
+        group, rest = divmod(number, 1 << in_block + in_group)
+        block, index = divmod(rest, 1 << in_block)
+        return (group * self.group_blocks + block) * self.block_size + index * self.inode_size
+
 
 def xfs_geometry(path: AnyPath) -> XfsGeometry:
     """The layout of the XFS that holds `path`; ENOTTY when it is another file system."""
     buffer = bytearray(_XFS_GEOMETRY.size)
     with opened(path) as fd:
         ioctl(fd, _XFS_IOC_FSGEOMETRY_V4, buffer)
-    block, _, _, _, _, _, _, imaxpct, blocks, _, _, _, uuid, _, _, _, flags, *_ = _XFS_GEOMETRY.unpack(buffer)
-    return XfsGeometry(block, blocks, uuid, bool(flags & _XFS_FLAG_REFLINK), imaxpct)
+    block, _, group, _, _, _, inode, imaxpct, blocks, _, _, _, uuid, _, _, _, flags, *_ = _XFS_GEOMETRY.unpack(buffer)
+    return XfsGeometry(block, group, inode, blocks, uuid, bool(flags & _XFS_FLAG_REFLINK), imaxpct)
 
 
 def xfs_grow(path: AnyPath, size: int) -> None:

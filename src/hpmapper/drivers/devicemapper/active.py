@@ -75,9 +75,13 @@ class ActiveDevices:
         return self._set
 
     @contextmanager
-    def metadata(self) -> Iterator[tuple[metadata.Metadata, metadata.Superblock]]:
-        """The pool's metadata as it is now, to be read; held for no longer than this lasts."""
-        with lock.exclusive(self.home / "metadata.lock"):
+    def metadata(self, *, timeout: float | None = None) -> Iterator[tuple[metadata.Metadata, metadata.Superblock]]:
+        """The pool's metadata as it is now, to be read; held for no longer than this lasts.
+
+        Raises:
+            BlockingIOError: somebody else has held it for `timeout` seconds (None: is waited for).
+        """
+        with lock.exclusive(self.home / "metadata.lock", timeout=timeout):
             thin_status = thin.pool_status(self.pool)
             if thin_status.held_root is not None:
                 thin.release_metadata(self.pool)  # of a process that died: the lock was free

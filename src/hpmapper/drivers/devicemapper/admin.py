@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpmapper import faults
-from hpmapper.drivers.devicemapper import backing, lvm, metadata, thin
+from hpmapper.drivers.devicemapper import backing, lvm, thin
 from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.units import parse_size
 from hpmapper.drivers.upper import numbers
@@ -121,23 +121,22 @@ def usage(devices: Devices) -> list[DeviceUsage]:
     parents = {record.device: record for _, _, record in devices.records.everything()}
     buried = devices.records.buried_ids()
     with devices.metadata() as (found, root):
-        mappings = {device: found.mapped(root, device) for device in found.devices(root)}
+        known, exclusive = found.devices(root), found.exclusive(root)
         changed = {
             device: len(found.changed(root, devices.origin(record.parent).device, device))
             for device, record in parents.items()
-            if device in mappings
+            if device in known
         }
-    exclusive = metadata.exclusive(mappings)
     size = root.block * dm.SECTOR
     return [
         DeviceUsage(
             device,
             owners.get(device) or ("base" if device == 0 else "to be deleted" if device in buried else "nobody"),
-            len(blocks) * size,
+            details.mapped * size,
             exclusive[device] * size,
             changed.get(device, 0) * size,
         )
-        for device, blocks in sorted(mappings.items())
+        for device, details in sorted(known.items())
     ]
 
 

@@ -244,6 +244,21 @@ class Devices(PoolSetup):
 
     # Facts.
 
+    def settle(self, record: Record) -> None:
+        """Have the file system on a device write everything to where it belongs, not to its log alone."""
+        with lock.exclusive(self._place(record)), _suspended_if_active(self.name(record.number)):
+            pass  # suspending freezes it
+
+    def is_unwritten(self, record: Record) -> bool:
+        """Whether nothing at all was written to a device since it was made: not even by mounting it.
+
+        Raises:
+            BlockingIOError: the metadata is being read by somebody else, who may take a while.
+        """
+        parent = self.origin(record.parent)
+        with self.metadata(timeout=0) as (found, root):
+            return found.is_unchanged(root, parent.device, record.device)
+
     def changed_blocks(self, record: Record) -> tuple[set[int], int]:
         """The blocks that a device has and its parent has not, and a block's size in bytes."""
         parent = self.origin(record.parent)

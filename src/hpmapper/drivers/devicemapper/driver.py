@@ -33,20 +33,20 @@ from hpmapper.drivers.base import (
     Stored,
     bind_spec,
 )
-from hpmapper.drivers.devicemapper import info, thin
+from hpmapper.drivers.devicemapper import info, thin, written
 from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import Record, Role
 from hpmapper.drivers.devicemapper.setup import CONTENTS
 from hpmapper.drivers.upper import numbers, unmount_path
 from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound, Unsupported
-from hpmapper.kernel import fiemap, lock, mount, sync
+from hpmapper.kernel import fiemap, fs, lock, mount, sync
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
 from hpmapper.layer.merged import Merged
-from hpmapper.layer.scan import DirectoryView, scan
+from hpmapper.layer.scan import DirectoryView, scan, scan_pair
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
 from hpmapper.store.objects import IsObject
@@ -243,7 +243,13 @@ class DeviceMapperDriver(directory.DirectoryLayers):
         return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
-        return False
+        """It is plain until it is mounted, which writes to it."""
+        if self.root(snapshot).exists():
+            return False
+        try:
+            return self.devices.is_unwritten(self._snapshot_record(snapshot))
+        except (HpmapperError, OSError):  # the pool cannot say, or somebody else reads its metadata just now
+            return False
 
     def unmount(self, snapshot: SnapshotId) -> None:
         root = self.root(snapshot)
@@ -274,22 +280,42 @@ class DeviceMapperDriver(directory.DirectoryLayers):
     # What a snapshot changed.
 
     def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
-        with self._trees(self._snapshot_record(snapshot)) as (before, after):
-            yield from changes(_changed(before, after), _below(before))
+        record = self._snapshot_record(snapshot)
+        with self._trees(record) as (before, after):
+            yield from changes(self._changed(record, before, after), _below(before))
 
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
-        with self._trees(self._snapshot_record(snapshot)) as (before, after):
-            write_tar(_changed(before, after), lambda path: (after / os.fsdecode(path)).open("rb"), out)
+        record = self._snapshot_record(snapshot)
+        with self._trees(record) as (before, after):
+            write_tar(self._changed(record, before, after), lambda path: (after / os.fsdecode(path)).open("rb"), out)
 
     def usage(self, snapshot: SnapshotId) -> Usage:
         record = self._snapshot_record(snapshot)
         with self._trees(record) as (before, after):
-            sync.syncfs(after)
-            tree = _changed(before, after)
+            tree = self._changed(record, before, after)
             blocks, size = self.devices.changed_blocks(record)
             seen = {inode: path for path, inode in walk(tree) if not inode.is_whiteout}
             files = (after / os.fsdecode(path) for inode, path in seen.items() if stat.S_ISREG(inode.mode))
             return Usage(sum(_bytes_in(file, blocks, size) for file in files), len(seen))
+
+    def _changed(self, record: Record, before: Path | None, after: Path) -> Inode:
+        """What differs between the two trees, as far as it has been written when this begins."""
+        if before is None:
+            return compare(new_directory(), scan(os.fsencode(after), overlay=False))
+        is_written = self._written(record, after)
+        tops = os.fsencode(before), os.fsencode(after)
+        return compare(*scan_pair(*tops, lambda former, entry: written.same(former, entry, is_written)))
+
+    def _written(self, record: Record, after: Path) -> written.IsWritten:
+        self.devices.settle(record)
+        if self.devices.device_set.base_fs != "xfs":
+            return written.anywhere
+        try:
+            blocks, size = self.devices.changed_blocks(record)
+        except (HpmapperError, OSError) as error:
+            log.info("the pool does not say what was written to snapshot %s: %s", record.number, error)
+            return written.anywhere
+        return written.in_blocks(fs.xfs_geometry(after), blocks, size)
 
     @contextmanager
     def _trees(self, record: Record) -> Iterator[tuple[Path | None, Path]]:
@@ -318,11 +344,6 @@ def _below(root: Path | None) -> Below:
         return Nothing()
     # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
     return Merged([DirectoryView(os.fsencode(root), overlay=False)])
-
-
-def _changed(before: Path | None, after: Path) -> Inode:
-    old = scan(os.fsencode(before), overlay=False) if before is not None else new_directory()
-    return compare(old, scan(os.fsencode(after), overlay=False))
 
 
 def _bytes_in(file: Path, blocks: set[int], size: int) -> int:

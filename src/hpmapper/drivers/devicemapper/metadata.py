@@ -12,7 +12,8 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -79,20 +80,43 @@ class Metadata:
         return self._blocks(self._device_root(root, device))
 
     def changed(self, root: Superblock, before: int, after: int) -> set[int]:
-        """The blocks of device `after` that are not the ones of `before`: written since one was made of the other."""
+        """The blocks of device `after` that are not the ones of `before`: written since one was made of the other.
+
+        What is read is what the two do not share, and the inner nodes above it.
+        """
         old, new = self._device_root(root, before), self._device_root(root, after)
         if old == new:
             return set()
-        shared = set(self._nodes(old))
-        known = self._blocks(old)
-        found: set[int] = set()
-        for block, value in self._walk(new, without=shared):
-            if known.get(block) != _data_block(value):
-                found.add(block)
-        return found
+        shared = self._nodes(old) & self._nodes(new)
+        known = self._blocks(old, without=shared)
+        return {block for block, data in self._blocks(new, without=shared).items() if known.get(block) != data}
 
-    def _blocks(self, tree: int) -> dict[int, int]:
-        return {block: _data_block(value) for block, value in self._walk(tree)}
+    def is_unchanged(self, root: Superblock, before: int, after: int) -> bool:
+        """Whether nothing at all was written to `after` since it was made of `before`: they are one tree."""
+        return self._device_root(root, before) == self._device_root(root, after)
+
+    def exclusive(self, root: Superblock) -> dict[int, int]:
+        """Of each device's blocks, how many no other has: what deleting it gives back. By id, in blocks.
+
+        A leaf that several devices share is read once, and holds nothing that one has alone.
+        """
+        tops = {device: self._device_root(root, device) for device in self.devices(root)}
+        leaves = {device: self._leaves(top) for device, top in tops.items()}
+        users = Counter(leaf for found in leaves.values() for leaf in found)
+        owners: Counter[int] = Counter()
+        for leaf, count in users.items():
+            for block in self._data_blocks(leaf):
+                owners[block] += count
+        return {
+            device: sum(owners[block] == 1 for leaf in found if users[leaf] == 1 for block in self._data_blocks(leaf))
+            for device, found in leaves.items()
+        }
+
+    def _data_blocks(self, leaf: int) -> Iterator[int]:
+        return map(_data_block, self._node(leaf)[2])
+
+    def _blocks(self, tree: int, without: set[int] | None = None) -> dict[int, int]:
+        return {block: _data_block(value) for block, value in self._walk(tree, without=without)}
 
     def _device_root(self, root: Superblock, device: int) -> int:
         for found, value in self._walk(root.mappings, only=device):
@@ -123,19 +147,30 @@ class Metadata:
                 children = children[at : at + 1] if at >= 0 else []
             pending.extend(reversed(children))
 
-    def _nodes(self, tree: int) -> Iterator[int]:
+    def _nodes(self, tree: int) -> set[int]:
         """The blocks that a tree consists of."""
-        pending = [tree]
-        seen = 0
-        while pending:
-            block = pending.pop()
-            seen += 1
-            if seen > self._limit:
+        return {block for level in self._levels(tree) for block in level}
+
+    def _leaves(self, tree: int) -> list[int]:
+        """The blocks that are a tree's leaves."""
+        return list(self._levels(tree))[-1]
+
+    def _levels(self, tree: int) -> Iterator[list[int]]:
+        """A tree's blocks, level by level. All leaves are equally deep; they are not read, but for one."""
+        level, seen = [tree], {tree}
+        yield level
+        while self._node(level[0])[0] == _INTERNAL:
+            level = [int.from_bytes(value, "little") for block in level for value in self._inner(block)]
+            if not level or not seen.isdisjoint(level) or len(seen) > self._limit:
                 raise Corrupt("the pool's metadata has a tree that runs in a circle", hint="hpmapper pool check")
-            yield block
-            flags, _, values = self._node(block)
-            if flags == _INTERNAL:
-                pending.extend(int.from_bytes(value, "little") for value in values)
+            seen.update(level)
+            yield level
+
+    def _inner(self, block: int) -> list[bytes]:
+        flags, _, values = self._node(block)
+        if flags != _INTERNAL:
+            raise Corrupt(f"block {block} of the pool's metadata is no inner node", hint="hpmapper pool check")
+        return values
 
     def _node(self, block: int) -> tuple[int, tuple[int, ...], list[bytes]]:
         data = self._read(block, _NODE_SALT)
@@ -174,12 +209,3 @@ def opened(path: Path) -> Iterator[Metadata]:
         yield Metadata(fd)
     finally:
         os.close(fd)
-
-
-def exclusive(mappings: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
-    """Of each device's blocks, how many no other has: what deleting it gives back."""
-    owners: dict[int, int] = {}
-    for blocks in mappings.values():
-        for block in blocks.values():
-            owners[block] = owners.get(block, 0) + 1
-    return {device: sum(owners[block] == 1 for block in blocks.values()) for device, blocks in mappings.items()}
