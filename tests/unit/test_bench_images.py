@@ -89,7 +89,7 @@ def test_an_image_is_built_once(root: Path, tmp_path: Path) -> None:
         _layout(root, new)
 
     for _ in range(2):
-        assert images.layer_blobs(images._cached(tmp_path / "cache/example", build))
+        assert images.layer_blobs(images.cached(tmp_path / "cache/example", build))
     assert len(built) == 1
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["example"]
 
@@ -99,7 +99,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise Unsupported("no")
 
     with pytest.raises(Unsupported):
-        images._cached(tmp_path / "cache/example", build)
+        images.cached(tmp_path / "cache/example", build)
     assert not list((tmp_path / "cache").iterdir())
 
 

@@ -84,12 +84,16 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One gzip layer in a layout."""
+    """One layer in a layout, compressed by gzip or (then `digest` is `diff_id`) not."""
 
     digest: str
     diff_id: str
     size: int
     comment: str
+
+    @property
+    def media_type(self) -> str:
+        return "application/vnd.oci.image.layer.v1.tar" + ("" if self.digest == self.diff_id else "+gzip")
 
 
 # ---------------------------------------------------------------------------------------------------- the images
@@ -105,7 +109,7 @@ def debian_python(directory: Path) -> Path:
         layers = [write_layer(new, system, "debian"), write_layer(new, packages, "python packages")]
         write_layout(new, "debian-python", layers)
 
-    return _cached(directory / "debian-python", build)
+    return cached(directory / "debian-python", build)
 
 
 def debian_minimal(directory: Path, suite: str = "bookworm") -> Path:
@@ -115,7 +119,7 @@ def debian_minimal(directory: Path, suite: str = "bookworm") -> Path:
         debootstrap(scratch / "system", suite, ("python3-minimal",))
         write_layout(new, "debian-minimal", [write_layer(new, scratch / "system", "debian")])
 
-    return _cached(directory / "debian-minimal", build)
+    return cached(directory / "debian-minimal", build)
 
 
 def debian_web(directory: Path) -> Path:
@@ -130,7 +134,7 @@ def debian_web(directory: Path) -> Path:
             new, "debian-web", [write_layer(new, system, "debian"), write_layer(new, packages, "web packages")]
         )
 
-    return _cached(directory / "debian-web", build)
+    return cached(directory / "debian-web", build)
 
 
 def debian_database(directory: Path) -> Path:
@@ -140,7 +144,7 @@ def debian_database(directory: Path) -> Path:
         debootstrap(scratch / "system", "bookworm", ("postgresql-15",))
         write_layout(new, "debian-database", [write_layer(new, scratch / "system", "debian")])
 
-    return _cached(directory / "debian-database", build)
+    return cached(directory / "debian-database", build)
 
 
 def two_versions(directory: Path, source: Path) -> tuple[Path, Path]:
@@ -153,11 +157,11 @@ def two_versions(directory: Path, source: Path) -> tuple[Path, Path]:
         change_files(root)
         write_layout(new / "b", "two-versions-b", [write_layer(new / "b", root, "version b")])
 
-    target = _cached(directory / "two-versions", build)
+    target = cached(directory / "two-versions", build)
     return target / "a", target / "b"
 
 
-def _cached(target: Path, build: Callable[[Path, Path], None]) -> Path:
+def cached(target: Path, build: Callable[[Path, Path], None]) -> Path:
     """Return `target`, made by `build(new layout, scratch)` when it is not there yet."""
     if target.exists():
         return target
@@ -330,12 +334,11 @@ def _config(layers: Sequence[Layer]) -> dict[str, object]:
 
 
 def _manifest(config: dict[str, object], layers: Sequence[Layer]) -> dict[str, object]:
-    media_type = "application/vnd.oci.image.layer.v1.tar+gzip"
     return {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": config | {"mediaType": "application/vnd.oci.image.config.v1+json"},
-        "layers": [{"mediaType": media_type, "digest": layer.digest, "size": layer.size} for layer in layers],
+        "layers": [{"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size} for layer in layers],
     }
 
 
