@@ -24,8 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from hpmapper.bench import synthetic
 from hpmapper.bench.results import Axis, CaseInfo, Quantity
 from hpmapper.errors import Unsupported
+from hpmapper.model import Space
+from hpmapper.pool.base import format_size
 
 SUITES = {
     "cow": "the first write to data of an image, and the writes after it",
@@ -47,6 +50,15 @@ class NotHere(Unsupported):
     """A side cannot do a case; the message says why."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a program took: seconds, seconds of CPU of it and of what works for it, and MiB of memory at its peak."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
 class Side(Protocol):
     """A storage driver, a peer, or the bare file system, at work on a file system of its own.
 
@@ -63,8 +75,14 @@ class Side(Protocol):
     def bring(self, layout: Path, image: str) -> None:
         """Take in an OCI layout's image, until containers can start on it."""
 
-    def create(self, container: str, image: str) -> Path:
-        """Make a container of an image; its root file system's path, mounted."""
+    def ingest(self, layout: Path, image: str) -> Cost:
+        """The same by the side's own client, from the command to its end, with what it cost."""
+
+    def prepare(self, container: str, image: str) -> None:
+        """Make a container of an image."""
+
+    def mount(self, container: str) -> Path:
+        """The path of a container's root file system, mounted if it was not."""
 
     def commit(self, container: str, image: str) -> None:
         """Make an image of a container's changes on top of its image. NotHere if the side has no such thing."""
@@ -82,6 +100,26 @@ class Side(Protocol):
         """Remove an image, and free what only it had."""
 
 
+@contextmanager
+def image(side: Side, layout: Path, name: str) -> Iterator[str]:
+    """An image of a layout, under that name; forgotten at the end."""
+    side.bring(layout, name)
+    try:
+        yield name
+    finally:
+        side.forget(name)
+
+
+@contextmanager
+def container(side: Side, name: str, image: str) -> Iterator[Path]:
+    """A container's root file system, mounted; the container is removed at the end."""
+    side.prepare(name, image)
+    try:
+        yield side.mount(name)
+    finally:
+        side.remove(name)
+
+
 @dataclass(frozen=True)
 class Bench:
     """What a case may need.
@@ -96,6 +134,15 @@ class Bench:
     images: Path
     work: Path
     at: float | None = None
+
+    def synthetic(self, name: str, layers: Sequence[synthetic.Files]) -> Path:
+        """An image of random files; see `hpmapper.bench.synthetic`."""
+        return synthetic.layout(self.work / "images", name, layers)
+
+    def require_free(self, size: int, what: str) -> None:
+        """Raise NotHere unless the disk below all sides has room for `size` bytes of `what`."""
+        if Space.of(self.work).free < size:
+            raise NotHere(f"{what} takes {format_size(size)}, which are not free here")
 
     @property
     def number(self) -> int:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpmapper.bench.ground import Ground
-from hpmapper.bench.harness import NotHere, Side
+from hpmapper.bench.harness import Cost, NotHere, Side
 from hpmapper.bench.images import layer_blobs, run
 from hpmapper.bench.layout import silent_bring
 from hpmapper.config import Config
 from hpmapper.containers import Containers
 from hpmapper.drivers import registry
 from hpmapper.engine import Engine
-from hpmapper.errors import HpmapperError, InvalidArgument
+from hpmapper.errors import HpmapperError, InvalidArgument, Unsupported
 from hpmapper.image.documents import ImportOptions
 from hpmapper.images import Images
 from hpmapper.root import open_root
@@ -31,6 +35,7 @@ class Bare:
         self.name = name
         self.home = home
         self.about = about
+        self._images: dict[str, str] = {}
 
     def bring(self, layout: Path, image: str) -> None:
         top = self.home / image
@@ -38,8 +43,16 @@ class Bare:
         for blob in layer_blobs(layout):
             run(["tar", "-xpf", str(blob), "--numeric-owner", "--xattrs", "--xattrs-include=*", "-C", str(top)])
 
-    def create(self, container: str, image: str) -> Path:
-        return self.home / image
+    def ingest(self, layout: Path, image: str) -> Cost:
+        (self.home / image).mkdir()
+        unpack = 'for blob; do tar -xpf "$blob" --numeric-owner --xattrs --xattrs-include="*" -C "$0"; done'
+        return spent(["sh", "-ec", unpack, str(self.home / image), *map(str, layer_blobs(layout))])
+
+    def prepare(self, container: str, image: str) -> None:
+        self._images[container] = image
+
+    def mount(self, container: str) -> Path:
+        return self.home / self._images[container]
 
     def commit(self, container: str, image: str) -> None:
         raise NotHere("a file system makes no images")
@@ -62,10 +75,11 @@ class DriverSide:
 
     kind = "driver"
 
-    def __init__(self, name: str, engine: Engine, about: str, work: Path) -> None:
+    def __init__(self, name: str, engine: Engine, config: Config, about: str, work: Path) -> None:
         self.name = name
         self.about = about
         self.engine = engine
+        self.config = config
         self.home = engine.driver.scratch.parent
         self._images = Images(engine)
         self._containers = Containers(engine)
@@ -74,8 +88,15 @@ class DriverSide:
     def bring(self, layout: Path, image: str) -> None:
         silent_bring(self.engine, layout, image, self._work)
 
-    def create(self, container: str, image: str) -> Path:
-        return self._containers.mount(self._containers.create(image, container))
+    def ingest(self, layout: Path, image: str) -> Cost:
+        root = ["--root", str(self.config.root), "--storage-opt", "min_free_space=0"]
+        return spent([sys.executable, "-m", "hpmapper.cli.main", *root, "image", "import", f"oci:{layout}", image])
+
+    def prepare(self, container: str, image: str) -> None:
+        self._containers.create(image, container)
+
+    def mount(self, container: str) -> Path:
+        return self._containers.mount(self._containers.get(container))
 
     def commit(self, container: str, image: str) -> None:
         self._containers.commit(self._containers.get(container), [image], ImportOptions())
@@ -113,20 +134,16 @@ class Local:
             if self.driver is None:
                 yield Bare(self.name, home, f"{self.file_system} without anything above it")
                 return
-            with self._root(home / "root") as engine:
-                yield DriverSide(self.name, engine, f"driver {self.driver} on {self.file_system}", ground.work)
+            config = self._config(home / "root")
+            with _root(config) as engine:
+                yield DriverSide(self.name, engine, config, f"driver {self.driver} on {self.file_system}", ground.work)
 
-    @contextmanager
-    def _root(self, root: Path) -> Iterator[Engine]:
+    def _config(self, root: Path) -> Config:
         assert self.driver is not None
         config = Config(root=root, driver=self.driver).with_options(["min_free_space=0"])
         if registry.by_name(self.driver).needs_pool:
             config = config.with_options(["pool.kind=directory"])
-        with open_root(config) as opened:
-            try:
-                yield opened.engine
-            finally:
-                opened.engine.detach()
+        return config
 
     def verdict(self, directory: Path) -> str:
         """Why it cannot run on this host; empty if it can."""
@@ -141,6 +158,34 @@ class Local:
         except HpmapperError as error:
             return str(error)
         return "" if found.works else found.why
+
+
+@contextmanager
+def _root(config: Config) -> Iterator[Engine]:
+    with open_root(config) as opened:
+        try:
+            yield opened.engine
+        finally:
+            opened.engine.detach()
+
+
+def spent(command: list[str]) -> Cost:
+    """Run a program to its end, and tell what it took with all that it waited for.
+
+    Raises:
+        Unsupported: it failed; the message has its last words.
+    """
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    with process.stderr as stream:
+        said = stream.read().decode(errors="replace").strip()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise Unsupported(f"{command[0]} failed with status {process.returncode}: {said[-500:]}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 LOCALS = (

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpmapper.bench import synthetic
-from hpmapper.bench.harness import MIB, Bench, Run, Side, Turn, case
+from hpmapper.bench.harness import MIB, Bench, Run, Side, Turn, case, container, image
 from hpmapper.bench.results import Axis, Quantity
 from hpmapper.kernel.sync import syncfs
 
@@ -46,20 +45,18 @@ def first_write(side: Side, bench: Bench) -> Iterator[Run]:
     """A file of the image is opened for writing (where overlays copy it up), 4 KiB are written into its middle, and
     that is fsynced. New space: what the file system has less afterwards. Files are in no cache but what the last run
     left; the bare file system's file is overwritten in place, and vfs has copied it when the container was made."""
+    bench.require_free(20 * bench.number, f"a file of {bench.number >> 20} MiB on all sides")
     count = _FILES if bench.number <= 64 * MIB else 1
     name = f"file-{bench.number >> 20}m"
-    side.bring(
-        synthetic.layout(bench.work / "images", name, [dict.fromkeys(map(str, range(count)), bench.number)]), name
-    )
+    layout = bench.synthetic(name, [dict.fromkeys(map(str, range(count)), bench.number)])
 
     def run(turn: Turn) -> None:
-        root = side.create(f"{name}-{turn.number}", name)
-        for number in range(count):
-            _first_write(side, root / str(number), turn)
-        side.remove(f"{name}-{turn.number}")
+        with container(side, f"{name}-{turn.number}", name) as root:
+            for number in range(count):
+                _first_write(side, root / str(number), turn)
 
-    yield run
-    side.forget(name)
+    with image(side, layout, name):
+        yield run
 
 
 def _first_write(side: Side, path: Path, turn: Turn) -> None:
@@ -90,17 +87,15 @@ def overwrite(side: Side, bench: Bench) -> Iterator[Run]:
     first on. The first of them is the copy-up."""
     size, seconds = (16 * MIB, 2) if bench.short else (256 * MIB, 8)
     name = f"overwritten-{size >> 20}m"
-    side.bring(synthetic.layout(bench.work / "images", name, [{"data": size}]), name)
 
     def run(turn: Turn) -> None:
-        root = side.create(f"{name}-{turn.number}", name)
-        done = _overwrite(root / "data", size, seconds, turn.number)
+        with container(side, f"{name}-{turn.number}", name) as root:
+            done = _overwrite(root / "data", size, seconds, turn.number)
         for second, count in enumerate(done, 1):
             turn.note("overwrites", count, at=second)
-        side.remove(f"{name}-{turn.number}")
 
-    yield run
-    side.forget(name)
+    with image(side, bench.synthetic(name, [{"data": size}]), name):
+        yield run
 
 
 def _overwrite(path: Path, size: int, seconds: int, seed: int) -> list[int]:

@@ -1,0 +1,79 @@
+"""How long containers take to the first output of a real program."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from hpmapper.bench import images
+from hpmapper.bench.harness import Bench, NotHere, Run, Side, Turn, case, image
+from hpmapper.bench.results import Axis, Quantity
+from hpmapper.errors import Unsupported
+
+_PROGRAM = ("/usr/bin/python3", "-c", "import numpy; print(numpy.__version__, flush=True)")
+_QUANTITIES = [
+    Quantity("slowest", "s", "lower", "the program on the bare file system, as often, on the cores there are"),
+    Quantity("mean", "s", "lower"),
+]
+_AXIS = Axis("containers at once", growth=True)
+_POINTS = [1, 10, 50]
+_PLAIN = 1
+
+
+@contextmanager
+def _starting(side: Side, bench: Bench) -> Iterator[Run]:
+    if side.name == "vfs" and bench.number > _PLAIN:
+        raise NotHere(f"{bench.number} whole copies of the image fill the disk")
+
+    def run(turn: Turn) -> None:
+        names = [f"start-{turn.number}-{number}" for number in range(bench.number)]
+        with ThreadPoolExecutor(len(names)) as threads:
+            tried = [threads.submit(_start, side, name) for name in names]
+        for name in names:
+            side.remove(name)
+        seconds = [one.result() for one in tried]
+        turn.note("slowest", max(seconds))
+        turn.note("mean", statistics.mean(seconds))
+
+    with image(side, images.debian_python(bench.images), "program"):
+        yield run
+
+
+def _start(side: Side, name: str) -> float:
+    """Seconds from the request for a container to its program's first output; waits for its end."""
+    begin = time.perf_counter()
+    side.prepare(name, "program")
+    root = side.mount(name)
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    process = subprocess.Popen(["chroot", root, *_PROGRAM], stdout=subprocess.PIPE, env=environment, bufsize=0)
+    assert process.stdout is not None
+    with process.stdout as stream:
+        first = os.read(stream.fileno(), 1)
+        seconds = time.perf_counter() - begin
+        stream.read()
+    if process.wait() or not first:
+        raise Unsupported(f"the program in {name} failed with status {process.returncode}")
+    return seconds
+
+
+@case("start", quantities=_QUANTITIES, axis=_AXIS, points=_POINTS, short_points=[1, 3], cold=True)
+@contextmanager
+def cold(side: Side, bench: Bench) -> Iterator[Run]:
+    """So many containers of a Debian with Python are made, mounted and started at once, from empty caches: until Python
+    in them has imported numpy and printed a line. In a chroot: no OCI runtime is part of it, for any side."""
+    with _starting(side, bench) as run:
+        yield run
+
+
+@case("start", quantities=_QUANTITIES, axis=_AXIS, points=_POINTS, short_points=[1, 3])
+@contextmanager
+def warm(side: Side, bench: Bench) -> Iterator[Run]:
+    """The same with what the last run left in the caches; the first run, which fills them, is not counted."""
+    with _starting(side, bench) as run:
+        run(Turn(-1, bench.at))
+        yield run
