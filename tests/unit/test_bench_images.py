@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hpmapper.bench import images
-from hpmapper.bench.peers import Run, table
 from hpmapper.errors import InvalidArgument, NotFound, Unsupported
 
 FILES = 50
@@ -114,9 +113,3 @@ def test_a_program_that_fails_is_named_with_its_last_words() -> None:
         images.run(["sh", "-c", "echo no luck >&2; exit 3"])
     with pytest.raises(NotFound, match="no-such-program"):
         images.run(["no-such-program"])
-
-
-def test_the_table_shows_median_and_spread() -> None:
-    text = table({"overlayfs": [Run(1.0, 2.0, 0.0), Run(3.0, 2.0, 0.0), Run(2.0, 2.0, 0.0)]})
-    assert "2.00 (1.00–3.00)" in text
-    assert text.endswith("3")

@@ -19,8 +19,9 @@ from hpmapper.bench.images import EPOCH, Layer, cached, write_layout
 _MIB = 1 << 20
 
 
-Files = Mapping[str, int | tuple[int, int]]
-"""Sizes in bytes by name; a file's bytes depend on its name, and on the second number if there is one."""
+Files = Mapping[str, int | tuple[int, int] | Path]
+"""Sizes in bytes by name; a file's bytes depend on its name, and on the second number if there is one. Instead of a
+size, a program of this host."""
 
 
 def layout(directory: Path, name: str, layers: Sequence[Files]) -> Path:
@@ -60,6 +61,9 @@ def write_tar(out: object, files: Files) -> None:
             member.type, member.mode, member.mtime = tarfile.DIRTYPE, 0o755, EPOCH
             tar.addfile(member)
         for name, found in files.items():
+            if isinstance(found, Path):
+                tar.add(found, name)
+                continue
             size, version = found if isinstance(found, tuple) else (found, 0)
             member = tarfile.TarInfo(name)
             member.size, member.mode, member.mtime = size, 0o644, EPOCH

@@ -99,15 +99,15 @@ def run(
 
     if not no_plots:
         _require_plots()
+    cases, sides = _cases(suites, names), opening.chosen(drivers, peers)
     _require_root()
-    chosen = _cases(suites, names)
     out.mkdir(parents=True, exist_ok=True)
     found = forms.load(out) if (out / forms.FILE).exists() else forms.Results()
     with _workspace(work) as place:
         kept = images or gobuild.cache() / "images"
-        wanted = opening.wanted(place, drivers, peers, device, parse_size(size))
+        wanted = opening.wanted(place, sides, device, parse_size(size))
         runner = Runner(label, runs, short, kept.absolute(), place, out, found)
-        runner.measure(chosen, wanted, ["hpmapper", *sys.argv[1:]])
+        runner.measure(cases, wanted, ["hpmapper", *sys.argv[1:]])
     _write_reports(found, out, plots=not no_plots)
     click.echo(f"results are in {out}", err=True)
 
@@ -180,7 +180,7 @@ def list_(state: State) -> None:
     from hpmapper.bench import opening
 
     cases = _cases((), ())
-    found = opening.wanted(Path("/var/tmp"), None, "all", None, 0)
+    found = opening.wanted(Path("/var/tmp"), opening.chosen(None, "all"), None, 0)
     facts = {
         "cases": [forms_of(one) for one in cases],
         "sides": [{"name": one.name, "why_not": one.why_not} for one in found],

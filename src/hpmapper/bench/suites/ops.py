@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +11,8 @@ from functools import partial
 from hpmapper.bench.harness import Bench, NotHere, Run, Side, Turn, case, image
 from hpmapper.bench.results import Axis, Quantity
 from hpmapper.bench.synthetic import Files, small_files
+from hpmapper.kernel import mount
+from hpmapper.kernel.sync import syncfs
 
 _TIMES = 20
 """Operations in a run."""
@@ -48,6 +52,43 @@ def _timed_if_possible(turn: Turn, quantity: str, do: Callable[[], object]) -> b
     except NotHere:
         return False
     return True
+
+
+@case(
+    "ops",
+    quantities=[
+        Quantity("mkdir and mount", "ms", "lower"),
+        Quantity("umount", "ms", "lower"),
+        Quantity("write and fsync", "ms", "lower"),
+        Quantity("syncfs", "ms", "lower"),
+    ],
+    kinds=("bare",),
+)
+@contextmanager
+def limits(side: Side, bench: Bench) -> Iterator[Run]:
+    """What the kernel takes for the least that a driver has to do: four mkdir(2) and one mount(2) of an overlay, its
+    umount(2), 4 KiB written and fsynced, a syncfs after it."""
+    lower = side.home / "lower"
+    lower.mkdir()
+
+    def run(turn: Turn) -> None:
+        for number in range(3 if bench.short else _TIMES):
+            top = side.home / f"by-hand-{turn.number}-{number}"
+            with turn.timed("mkdir and mount"):
+                for path in (top, top / "u", top / "w", top / "m"):
+                    path.mkdir()
+                mount.overlay(top / "m", lowers=[lower], upper=top / "u", work=top / "w")
+            with turn.timed("umount"):
+                mount.umount(top / "m")
+            with turn.timed("write and fsync"), (top / "file").open("wb", buffering=0) as file:
+                file.write(b"x" * 4096)
+                os.fsync(file.fileno())
+            with turn.timed("syncfs"):
+                syncfs(top)
+            shutil.rmtree(top)
+
+    yield run
+    lower.rmdir()
 
 
 @case(
