@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,23 +168,29 @@ def _root(config: Config) -> Iterator[Engine]:
             opened.engine.detach()
 
 
-def spent(command: list[str]) -> Cost:
+# In a process of its own: a program's peak of memory counts from its parent's size, and ours is large.
+_SPEND = """\
+import json, os, resource, subprocess, sys, time
+begin = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+wall, used = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([done.returncode, wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
+"""
+
+
+def spent(command: Sequence[str]) -> Cost:
     """Run a program to its end, and tell what it took with all that it waited for.
 
     Raises:
         Unsupported: it failed; the message has its last words.
     """
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    with process.stderr as stream:
-        said = stream.read().decode(errors="replace").strip()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise Unsupported(f"{command[0]} failed with status {process.returncode}: {said[-500:]}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    words = [sys.executable, "-S", "-c", _SPEND, *command]
+    done = subprocess.run(words, capture_output=True, check=True)
+    status, wall, cpu, memory = json.loads(done.stdout)
+    if status:
+        said = done.stderr.decode(errors="replace").strip()[-500:]
+        raise Unsupported(f"{command[0]} failed with status {status}: {said}")
+    return Cost(wall, cpu, memory)
 
 
 LOCALS = (

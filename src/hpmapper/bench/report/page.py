@@ -7,7 +7,7 @@ from html import escape
 
 from hpmapper.bench.growth import LINEAR, growths
 from hpmapper.bench.harness import SUITES
-from hpmapper.bench.report import plots, shown
+from hpmapper.bench.report import paper, plots, shown
 from hpmapper.bench.report.markdown import HOW_TO_READ
 from hpmapper.bench.report.shown import Grid
 from hpmapper.bench.results import CaseInfo, Results
@@ -49,6 +49,9 @@ def _body(results: Results) -> Iterator[str]:
         for case in results.cases:
             if case.suite == suite:
                 yield from _case(results, case)
+    if (claims := paper.table(results)) is not None:
+        yield f'<h2 id="paper">Beside the paper</h2><p>{escape(paper.REMARK)}</p>'
+        yield _table(claims, words=True)
     yield from _growth(results)
     yield "<h2>Where and with what</h2>"
     for label, facts in results.hosts.items():
