@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+from msgspec import to_builtins
 
 from hpmapper.bench import results as forms
 from hpmapper.bench.compare import RULE, compare
@@ -72,6 +73,7 @@ _out = click.option(
 @click.option("--short", is_flag=True, help="Small and quick: shows that everything works. No figures to quote.")
 @_out
 @_no_plots
+@json_option
 @pass_state
 def run(
     state: State,
@@ -110,6 +112,7 @@ def run(
         runner.measure(cases, wanted, ["hpmapper", *sys.argv[1:]])
     _write_reports(found, out, plots=not no_plots)
     click.echo(f"results are in {out}", err=True)
+    output.show(state, to_builtins(found), lambda: "")
 
 
 def _cases(suites: Sequence[str], names: Sequence[str]) -> list[Case]:
@@ -182,17 +185,10 @@ def list_(state: State) -> None:
     cases = _cases((), ())
     found = opening.wanted(Path("/var/tmp"), opening.chosen(None, "all"), None, 0)
     facts = {
-        "cases": [forms_of(one) for one in cases],
+        "cases": [to_builtins(one.info) for one in cases],
         "sides": [{"name": one.name, "why_not": one.why_not} for one in found],
     }
     output.show(state, facts, lambda: _list_text(cases, found))
-
-
-def forms_of(one: Case) -> dict[str, Any]:
-    """A case for JSON."""
-    import msgspec
-
-    return msgspec.to_builtins(one.info)  # type: ignore[no-any-return]
 
 
 def _list_text(cases: Sequence[Case], sides: Sequence[Wanted]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpmapper.bench.growth import LINEAR, growths
-from hpmapper.bench.report import paper, shown
+from hpmapper.bench.report import goals, paper, shown
 from hpmapper.bench.report.shown import Grid
 from hpmapper.bench.results import CaseInfo, Results
 
@@ -48,6 +48,8 @@ def _lines(results: Results) -> Iterator[str]:
         yield table(Grid("", ("side", "why", "host"), [(a.side, a.why, a.host) for a in results.absent]))
     for case in results.cases:
         yield from _case(results, case)
+    if (judged := goals.table(results)) is not None:
+        yield f"\n## Goals\n\n{table(judged)}"
     if (claims := paper.table(results)) is not None:
         yield "\n## Beside the paper\n"
         yield f"{paper.REMARK}\n\n{table(claims)}"

@@ -7,7 +7,7 @@ from html import escape
 
 from hpmapper.bench.growth import LINEAR, growths
 from hpmapper.bench.harness import SUITES
-from hpmapper.bench.report import paper, plots, shown
+from hpmapper.bench.report import goals, paper, plots, shown
 from hpmapper.bench.report.markdown import HOW_TO_READ
 from hpmapper.bench.report.shown import Grid
 from hpmapper.bench.results import CaseInfo, Results
@@ -49,6 +49,9 @@ def _body(results: Results) -> Iterator[str]:
         for case in results.cases:
             if case.suite == suite:
                 yield from _case(results, case)
+    if (judged := goals.table(results)) is not None:
+        rows = [[cell.replace("**", "") for cell in row] for row in judged.rows]
+        yield '<h2 id="goals">Goals</h2>' + _table(Grid("", judged.headers, rows), words=True)
     if (claims := paper.table(results)) is not None:
         yield f'<h2 id="paper">Beside the paper</h2><p>{escape(paper.REMARK)}</p>'
         yield _table(claims, words=True)

@@ -41,7 +41,7 @@ def _read(side: Side, roots: list[Path], turn: Turn) -> None:
     quantities=_QUANTITIES,
     axis=Axis("containers"),
     points=[1, 10, 50],
-    short_points=[1, 3],
+    short_points=[1, 3, 10],
     cold=True,
     kinds=("driver", "peer"),
 )
@@ -49,7 +49,7 @@ def _read(side: Side, roots: list[Path], turn: Turn) -> None:
 def same_image(side: Side, bench: Bench) -> Iterator[Run]:
     """So many containers of one image, each of which reads all of its 40 MiB, one after the other. The page cache is
     the host's as a whole, counted before and after."""
-    size = 200_000 if bench.short else 5 * MIB
+    size = 2 * MIB if bench.short else 5 * MIB
     if side.name == "vfs" and bench.number > _PLAIN:
         raise NotHere(f"{bench.number} whole copies of the image cache {bench.number} times its bytes")
     layout = bench.synthetic(f"read-{size}", [{f"f{number}": size for number in range(8)}])
@@ -64,7 +64,7 @@ def same_image(side: Side, bench: Bench) -> Iterator[Run]:
 def two_versions(side: Side, bench: Bench) -> Iterator[Run]:
     """A container of each of two versions of an image, which are single layers of 400 files of 256 KiB (100 MiB), a
     tenth of them different; each reads all of it."""
-    count, size = (20, 20_000) if bench.short else (400, 256 << 10)
+    count, size = (40, 256 << 10) if bench.short else (400, 256 << 10)
     with ExitStack() as stack:
         roots = []
         for version in (1, 2):
