@@ -17,20 +17,20 @@ from hpmapper.bench.harness import Bench, NotHere, Run, Side, Turn, case, image
 from hpmapper.bench.results import Axis, Quantity
 from hpmapper.errors import Unsupported
 
-_PROGRAM = ("/usr/bin/python3", "-c", "import numpy; print(numpy.__version__, flush=True)")
+_PROGRAM = ("/usr/bin/python3", "-c", "import flask; print(flask.Flask, flush=True)")
 _QUANTITIES = [
     Quantity("slowest", "s", "lower", "the program on the bare file system, as often, on the cores there are"),
     Quantity("mean", "s", "lower"),
 ]
 _AXIS = Axis("containers at once", growth=True)
 _POINTS = [1, 10, 50]
-_PLAIN = 1
+_PLAIN = 10
 
 
 def _what(bench: Bench) -> tuple[Path, Sequence[str]]:
     """The image, and the program in it."""
     if not bench.short:
-        return images.debian_python(bench.images), _PROGRAM
+        return images.debian_web(bench.images), _PROGRAM
     busybox = shutil.which("busybox")
     if busybox is None:
         raise NotHere("busybox is not installed: apt install busybox-static")
@@ -78,7 +78,7 @@ def _start(side: Side, name: str, program: Sequence[str]) -> float:
 @contextmanager
 def cold(side: Side, bench: Bench) -> Iterator[Run]:
     """So many containers of a Debian with Python are made, mounted and started at once, from empty caches: until Python
-    in them has imported numpy and printed a line. In a chroot: no OCI runtime is part of it, for any side."""
+    in them has imported Flask and printed a line. In a chroot: no OCI runtime is part of it, for any side."""
     with _starting(side, bench) as run:
         yield run
 
