@@ -51,7 +51,10 @@ def version() -> str:
         command = ["git", "-C", str(top), "-c", "safe.directory=*", "describe", "--always", "--dirty"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         commit = f" ({done.stdout.strip()})" if done.returncode == 0 else ""
-    return metadata.version("hpmapper") + commit
+    try:
+        return metadata.version("hpmapper") + commit
+    except metadata.PackageNotFoundError:  # it runs from its sources, as in a guest
+        return f"not installed{commit}"
 
 
 def _processor() -> str:
