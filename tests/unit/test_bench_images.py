@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hpmapper.bench import images
-from hpmapper.bench.peers import Run, table
 from hpmapper.errors import InvalidArgument, NotFound, Unsupported
 
 FILES = 50
@@ -89,7 +88,7 @@ def test_an_image_is_built_once(root: Path, tmp_path: Path) -> None:
         _layout(root, new)
 
     for _ in range(2):
-        assert images.layer_blobs(images._cached(tmp_path / "cache/example", build))
+        assert images.layer_blobs(images.cached(tmp_path / "cache/example", build))
     assert len(built) == 1
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["example"]
 
@@ -99,7 +98,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise Unsupported("no")
 
     with pytest.raises(Unsupported):
-        images._cached(tmp_path / "cache/example", build)
+        images.cached(tmp_path / "cache/example", build)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -114,9 +113,3 @@ def test_a_program_that_fails_is_named_with_its_last_words() -> None:
         images.run(["sh", "-c", "echo no luck >&2; exit 3"])
     with pytest.raises(NotFound, match="no-such-program"):
         images.run(["no-such-program"])
-
-
-def test_the_table_shows_median_and_spread() -> None:
-    text = table({"overlayfs": [Run(1.0, 2.0, 0.0), Run(3.0, 2.0, 0.0), Run(2.0, 2.0, 0.0)]})
-    assert "2.00 (1.00–3.00)" in text
-    assert text.endswith("3")

@@ -84,12 +84,16 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One gzip layer in a layout."""
+    """One layer in a layout, compressed by gzip or (then `digest` is `diff_id`) not."""
 
     digest: str
     diff_id: str
     size: int
     comment: str
+
+    @property
+    def media_type(self) -> str:
+        return "application/vnd.oci.image.layer.v1.tar" + ("" if self.digest == self.diff_id else "+gzip")
 
 
 # ---------------------------------------------------------------------------------------------------- the images
@@ -105,7 +109,7 @@ def debian_python(directory: Path) -> Path:
         layers = [write_layer(new, system, "debian"), write_layer(new, packages, "python packages")]
         write_layout(new, "debian-python", layers)
 
-    return _cached(directory / "debian-python", build)
+    return cached(directory / "debian-python", build)
 
 
 def debian_minimal(directory: Path, suite: str = "bookworm") -> Path:
@@ -115,7 +119,7 @@ def debian_minimal(directory: Path, suite: str = "bookworm") -> Path:
         debootstrap(scratch / "system", suite, ("python3-minimal",))
         write_layout(new, "debian-minimal", [write_layer(new, scratch / "system", "debian")])
 
-    return _cached(directory / "debian-minimal", build)
+    return cached(directory / "debian-minimal", build)
 
 
 def debian_web(directory: Path) -> Path:
@@ -130,7 +134,7 @@ def debian_web(directory: Path) -> Path:
             new, "debian-web", [write_layer(new, system, "debian"), write_layer(new, packages, "web packages")]
         )
 
-    return _cached(directory / "debian-web", build)
+    return cached(directory / "debian-web", build)
 
 
 def debian_database(directory: Path) -> Path:
@@ -140,7 +144,79 @@ def debian_database(directory: Path) -> Path:
         debootstrap(scratch / "system", "bookworm", ("postgresql-15",))
         write_layout(new, "debian-database", [write_layer(new, scratch / "system", "debian")])
 
-    return _cached(directory / "debian-database", build)
+    return cached(directory / "debian-database", build)
+
+
+RELEASED = ("asgiref==3.13.0", "pillow==13.0.0", "sqlalchemy==2.1.9", "sqlparse==0.6.1", "typing-extensions==4.16.0")
+"""What the application of `releases` needs, in each of them the same."""
+
+
+def releases(directory: Path, count: int) -> list[Path]:
+    """Releases of one application, as its builds would make them: a Debian layer that they share, and above it one
+    layer of what `pip install` brings, Django 5.2.1 and up with its dependencies."""
+
+    def build(new: Path, scratch: Path) -> None:
+        debootstrap(scratch / "system", "bookworm", ("python3",))
+        for number in range(1, count + 1):
+            layout, packages = new / str(number), scratch / f"packages-{number}"
+            pip_install(packages / PYTHON_TARGET, (f"django==5.2.{number}", *RELEASED), "3.11")
+            layers = [write_layer(layout, scratch / "system", "debian"), write_layer(layout, packages, "application")]
+            write_layout(layout, "application", layers)
+            shutil.rmtree(packages)
+
+    target = cached(directory / f"releases-{count}", build)
+    return [target / str(number) for number in range(1, count + 1)]
+
+
+APPLICATIONS = ("postgresql-15", "nginx-light", "apache2-utils", "sqlite3", "git", "python3")
+
+_FURNISH = """\
+mkdir -p /data/sqlite /data/git /data/web
+sqlite3 /data/sqlite/db "create table t (id integer primary key, v text);
+  with recursive n(i) as (select 1 union all select i + 1 from n where i < 500000)
+  insert into t select i, hex(randomblob(100)) from n;"
+cd /data/git && git init -q . && git config user.email x@example.org && git config user.name x
+for d in $(seq 200); do mkdir d$d; for f in $(seq 100); do echo "$d $f" >d$d/f$f; done; done
+git add . && git commit -q -m files
+for f in $(seq 1000); do head -c 16384 /dev/urandom >/data/web/$f; done
+cat >/data/nginx.conf <<'END'
+daemon off; error_log /dev/null; pid /tmp/nginx.pid; user root;
+events { worker_connections 512; }
+http { access_log off; server { listen 127.0.0.1:8080; root /data/web; sendfile on; } }
+END
+bin=/usr/lib/postgresql/15/bin
+mkdir -p /data/pg && chown postgres /data/pg
+su postgres -s /bin/sh -c "$bin/initdb -D /data/pg >/dev/null &&
+  $bin/pg_ctl -D /data/pg -w -o '-k /tmp -c listen_addresses=' start >/dev/null &&
+  createdb -h /tmp bench && pgbench -h /tmp -q -i -s 10 bench 2>/dev/null && $bin/pg_ctl -D /data/pg -w stop >/dev/null"
+"""
+
+
+def applications(directory: Path) -> Path:
+    """Bookworm with a database server, a web server, SQLite, git and Python; above it a layer with data for each of
+    them: 500,000 rows, a repository of 20,000 files, 1,000 static files, pgbench's tables at scale 10."""
+
+    def build(new: Path, scratch: Path) -> None:
+        system = scratch / "system"
+        debootstrap(system, "bookworm", APPLICATIONS)
+        layers = [write_layer(new, system, "debian")]
+        run(inside(system, _FURNISH))
+        data = scratch / "data"
+        data.mkdir()
+        (system / "data").rename(data / "data")
+        write_layout(new, "applications", [*layers, write_layer(new, data, "data")])
+
+    return cached(directory / "applications", build)
+
+
+def inside(root: Path, script: str) -> list[str]:
+    """The command that runs a shell script with that root directory, in mounts, processes and a network of its own."""
+    enter = """\
+mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tmp "$1/tmp" && ip link set lo up &&
+exec chroot "$1" /bin/sh -ec "$2"
+"""
+    kinds = ["--mount", "--pid", "--net", "--ipc", "--fork", "--kill-child", "--propagation=private"]
+    return ["unshare", *kinds, "sh", "-ec", enter, "sh", str(root), script]
 
 
 def two_versions(directory: Path, source: Path) -> tuple[Path, Path]:
@@ -153,11 +229,11 @@ def two_versions(directory: Path, source: Path) -> tuple[Path, Path]:
         change_files(root)
         write_layout(new / "b", "two-versions-b", [write_layer(new / "b", root, "version b")])
 
-    target = _cached(directory / "two-versions", build)
+    target = cached(directory / "two-versions", build)
     return target / "a", target / "b"
 
 
-def _cached(target: Path, build: Callable[[Path, Path], None]) -> Path:
+def cached(target: Path, build: Callable[[Path, Path], None]) -> Path:
     """Return `target`, made by `build(new layout, scratch)` when it is not there yet."""
     if target.exists():
         return target
@@ -330,12 +406,11 @@ def _config(layers: Sequence[Layer]) -> dict[str, object]:
 
 
 def _manifest(config: dict[str, object], layers: Sequence[Layer]) -> dict[str, object]:
-    media_type = "application/vnd.oci.image.layer.v1.tar+gzip"
     return {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": config | {"mediaType": "application/vnd.oci.image.config.v1+json"},
-        "layers": [{"mediaType": media_type, "digest": layer.digest, "size": layer.size} for layer in layers],
+        "layers": [{"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size} for layer in layers],
     }
 
 

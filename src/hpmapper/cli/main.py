@@ -30,6 +30,7 @@ COMMANDS = {
     "drivers": Lazy("hpmapper.cli.system:drivers", "List the storage drivers and whether they work here."),
     "serve": Lazy("hpmapper.cli.serve:serve", "Serve the root to containerd and Docker until told to stop."),
     "gc": Lazy("hpmapper.cli.system:gc", "Remove what nothing refers to."),
+    "bench": Lazy("hpmapper.cli.bench:bench", "Measure storage drivers side by side."),
     "fsck": Lazy("hpmapper.cli.system:fsck", "Check all that is stored, byte by byte."),
 }
 
