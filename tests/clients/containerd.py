@@ -12,13 +12,13 @@ from pathlib import Path
 
 from hpmapper.bench.images import architecture
 from hpmapper.testing.trees import Facts, read_tree
+from tests.clients import registry
 from tests.clients.machine import Daemon, Failed, Machine
 
 NAMESPACE, ELSEWHERE = "hpmapper-tests", "hpmapper-elsewhere"
 """Two namespaces of containerd. They share nothing but blobs. Control groups are named by them."""
 
 SOCKET = "/run/containerd/containerd.sock"
-REGISTRY = "127.0.0.1:5000"
 ROOT = "/data/snapshotter"
 """Where the snapshotter under test keeps its things, in the machine."""
 
@@ -62,15 +62,6 @@ _UNPACK = """\
   platform = "linux/{architecture}"
   snapshotter = "{snapshotter}"
   differ = "{differ}"
-"""
-
-_REGISTRY = """\
-version: 0.1
-log: {level: warn}
-storage:
-  filesystem: {rootdirectory: /data/registry}
-  delete: {enabled: true}
-http: {addr: "127.0.0.1:5000"}
 """
 
 
@@ -132,9 +123,7 @@ class Containerd:
         self._write("/data/containerd.toml", config(self.setup, self.version))
         self.daemon = self.machine.start("containerd", "containerd", "--config", "/data/containerd.toml")
         self.machine.wait(self.daemon, lambda: self.ctr("version"))
-        self._write("/data/registry.yml", _REGISTRY)
-        registry = self.machine.start("registry", "docker-registry", "serve", "/data/registry.yml")
-        self.machine.wait(registry, lambda: listens(self.machine, 5000))
+        registry.start(self.machine)
 
     def start_server(self) -> None:
         """Start the server of the snapshotter, if it is a proxy."""
@@ -181,7 +170,7 @@ class Containerd:
         archive = layout.with_suffix(".tar")
         subprocess.run(["tar", "-C", str(layout), "-cf", str(archive), "."], check=True)
         self.ctr("images", "import", "--no-unpack", "-", namespace=namespace, stdin=archive)
-        reference = f"{REGISTRY}/{name}:latest"
+        reference = f"{registry.ADDRESS}/{name}:latest"
         self.ctr("images", "tag", f"localhost/{name}:latest", reference, namespace=namespace)
         self.ctr("images", "push", "--plain-http", reference, namespace=namespace)
         self.remove_images(namespace)
@@ -269,9 +258,3 @@ def root_of(machine: Machine, pid: int) -> dict[bytes, Facts]:
     finally:
         machine.run(*enter, "umount", "/dev/shm/root")
         machine.run(*enter, "rmdir", "/dev/shm/root")
-
-
-def listens(machine: Machine, port: int) -> bool:
-    """Whether a process of the machine listens on a port of its loopback."""
-    table = machine.path("/proc/1/net/tcp").read_text() + machine.path("/proc/1/net/tcp6").read_text()
-    return any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "0A" for row in table.splitlines()[1:])

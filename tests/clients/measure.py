@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import median
 
 from hpmapper.bench.measure import drop_caches
-from tests.clients.containerd import REGISTRY, Containerd
+from tests.clients import registry
+from tests.clients.containerd import Containerd
 from tests.clients.pools import xfs
 from tests.clients.setups import Case, assert_reclaimed, left, running
 
@@ -73,7 +74,7 @@ class Side:
 def _sides(stack: ExitStack, release: str, work: Path, image: Path) -> Iterator[Side]:
     for name in ("hpmapper-fast", "hpmapper", "overlay", "erofs"):
         containerd = stack.enter_context(running(Case(release, name), work))
-        reference = f"{REGISTRY}/measured:latest"
+        reference = f"{registry.ADDRESS}/measured:latest"
         archive = containerd.machine.path("/data/image.tar")
         subprocess.run(["tar", "-C", str(image), "-cf", str(archive), "."], check=True)
         containerd.ctr("images", "import", "--no-unpack", f"--index-name={reference}", "-", stdin=archive)

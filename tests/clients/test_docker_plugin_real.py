@@ -13,12 +13,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import pools, registry
 from tests.clients.docker_host import DockerHost, docker_host
 
 pytestmark = [pytest.mark.kernel, pytest.mark.clients, pytest.mark.timeout(300)]
 
-CASES = [("bookworm", "overlay"), ("bookworm", "hpmapper"), ("bookworm", "vfs"), ("trixie", "hpmapper")]
-"""Docker 20.10 and 26.1, the last that takes plugins, and drivers behind the plugin."""
+RELEASES = ("bookworm", "trixie")
+"""Docker 20.10 and 26.1, the last that takes plugins."""
+
+DRIVERS = ("hpmapper", "overlay", "btrfs", "vfs")
+
+CASES = [
+    ("bookworm", "overlay"),
+    ("bookworm", "hpmapper"),
+    ("bookworm", "vfs"),
+    ("trixie", "hpmapper"),
+    ("trixie", "btrfs"),
+]
+"""Releases, and drivers behind the plugin."""
 
 _numbers = count()
 BIG = bytes(range(256)) * 4000
@@ -50,7 +62,7 @@ def layers() -> list[bytes]:
     busybox = shutil.which("busybox")
     assert busybox, "busybox is not installed: apt install busybox-static"
     base = Layer().add("bin", kind=tarfile.DIRTYPE).add("bin/busybox", Path(busybox).read_bytes(), mode=0o755)
-    for name in ("sh", "ls", "cat", "rm", "chmod", "id", "sleep", "mv", "touch", "true"):
+    for name in ("sh", "ls", "cat", "wc", "rm", "chmod", "id", "sleep", "mv", "touch", "true"):
         base.add(f"bin/{name}", kind=tarfile.SYMTYPE, linkname="busybox")
     base.add("etc", kind=tarfile.DIRTYPE).add("etc/passwd", b"root:x:0:0::/:/bin/sh\nbob:x:7:8::/:/bin/sh\n")
     base.add("big", BIG, mtime=1_600_000_000.25).add("big2", kind=tarfile.LNKTYPE, linkname="big")
@@ -86,12 +98,53 @@ def archive() -> bytes:
     return out.bytes()
 
 
+@pytest.fixture(scope="module")
+def places(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Where each driver's data may lie."""
+    with pools.btrfs(tmp_path_factory.mktemp("btrfs")) as btrfs:
+        yield {driver: btrfs if driver == "btrfs" else pool for driver in DRIVERS}
+
+
 @pytest.fixture(params=CASES, ids="-".join)
-def host(request: pytest.FixtureRequest, pool: Path) -> Iterator[DockerHost]:
+def host(request: pytest.FixtureRequest, places: dict[str, Path]) -> Iterator[DockerHost]:
     release, driver = request.param
-    with docker_host(release, pool / f"{next(_numbers)}", driver) as host:
+    with docker_host(release, places[driver] / f"{next(_numbers)}", driver) as host:
         host.load(archive())
         yield host
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("release", RELEASES)
+def test_an_image_is_pulled_from_a_registry(places: dict[str, Path], release: str, driver: str) -> None:
+    """Pushed, pulled by a Docker that has nothing of it, run, committed, pushed on top, and pulled again."""
+    name, second = f"{registry.ADDRESS}/base:latest", f"{registry.ADDRESS}/second:latest"
+    with docker_host(release, places[driver] / f"{next(_numbers)}", driver) as host:
+        registry.start(host.machine)
+        host.load(archive())
+        wanted = diff_ids(host, "base")
+        host.docker("tag", "base", name)
+        host.docker("push", "--quiet", name)
+        host.docker("rmi", "base", name)
+
+        host.docker("pull", "--quiet", name)
+        assert diff_ids(host, name) == wanted
+        assert (
+            host.docker("run", "--rm", "--network=none", name, "cat", "/hidden/new", "/dir/new") == "n" * 3000 + "new"
+        )
+        host.docker("run", "--name=one", "--network=none", name, "sh", "-c", "rm -r /hidden && cat /big > /copy")
+        host.docker("commit", "one", second)
+        host.docker("push", "--quiet", second)  # Docker makes the new layer's tar from the plugin's diff
+        host.docker("rm", "one")
+        host.docker("rmi", second)
+
+        host.docker("pull", "--quiet", second)  # one new layer on two that are here
+        assert diff_ids(host, second)[:2] == wanted
+        seen = host.docker("run", "--rm", "--network=none", second, "sh", "-c", "ls / && cat /copy /big | wc -c")
+        assert "hidden" not in seen.split()
+        assert seen.split()[-1] == str(2 * len(BIG))
+        host.docker("rmi", second, name)
+        host.stop()
+        assert_empty(host)
 
 
 def diff_ids(host: DockerHost, image: str) -> list[str]:

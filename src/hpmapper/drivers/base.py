@@ -77,6 +77,9 @@ class Capabilities:
         mounts: a snapshot's root is a mount; a driver without makes do where mounting is forbidden.
         keeps_sealed: a sealed layer is as good as an ingested one; otherwise it is ingested when there is time.
         maps_ids: `handout` can let files appear under other owners.
+        renames_directories: a directory of the image can be renamed; otherwise EXDEV, and mv(1) copies it.
+        keeps_links: a file of the image that has several names stays one when it is written to; otherwise the name by
+            which it is written to becomes a file of its own.
         size_limits: what a snapshot keeps can be limited; found out by `attach`, as it depends on the file system.
     """
 
@@ -88,6 +91,8 @@ class Capabilities:
     mounts: bool
     keeps_sealed: bool = True
     maps_ids: bool = False
+    renames_directories: bool = True
+    keeps_links: bool = True
     size_limits: bool = False
 
 

@@ -66,6 +66,8 @@ class HpmapperDriver(UpperDriver):
         mounts=True,
         keeps_sealed=False,
         maps_ids=True,
+        renames_directories=False,
+        keeps_links=False,
     )
 
     def __init__(

@@ -39,6 +39,8 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         max_layers=499,
         mounts=True,
         maps_ids=True,
+        renames_directories=False,
+        keeps_links=False,
     )
 
     def __init__(self, home: Path) -> None:

@@ -1,4 +1,7 @@
-"""Cases: how much one snapshot may keep, where the file system has limits; and a clear refusal where it has none."""
+"""Cases: how much one snapshot may keep (`CASES`), where the file system has limits; and what else is refused.
+
+`REFUSALS` are for every driver, `CASES` for one that has `Capabilities.size_limits`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from hpmapper.errors import InvalidArgument, Unsupported
 from hpmapper.model import SnapshotId
 from hpmapper.testing.contract.capabilities import listings
 from hpmapper.testing.contract.subject import Case, Subject, refused
-from hpmapper.testing.tars import folder, member, tar
+from hpmapper.testing.tars import folder, tar
 
 _MIB = 1 << 20
 _LIMIT = 24 * _MIB
@@ -26,16 +29,9 @@ _SLACK = 4 * _MIB
 _numbers = count(5_000_000)
 
 
-def _chain(subject: Subject) -> list[SnapshotId]:
-    base = subject.layer(tar(folder(b"open/", 0o777), member(b"open/old", b"o" * 2 * _MIB, mode=0o666)))
-    assert base.layer is not None
-    return [base.layer]
-
-
 @contextmanager
-def _limited(subject: Subject, chain: list[SnapshotId], size: int = _LIMIT) -> Iterator[tuple[SnapshotId, Path]]:
-    """A snapshot with a limit, and a directory in it that anybody may write to."""
-    subject.require(subject.driver.capabilities.size_limits, "its file system has no limits")
+def limited(subject: Subject, chain: list[SnapshotId], size: int = _LIMIT) -> Iterator[tuple[SnapshotId, Path]]:
+    """A snapshot of an `open_chain` with a limit, and the directory in it that anybody may write to."""
     snapshot = SnapshotId(next(_numbers))
     subject.driver.prepare(snapshot, chain, size=size)
     try:
@@ -44,7 +40,7 @@ def _limited(subject: Subject, chain: list[SnapshotId], size: int = _LIMIT) -> I
         subject.driver.remove(snapshot)
 
 
-def _write(directory: Path, name: str = "new", most: int = 2 * _LIMIT) -> int:
+def write_until_refused(directory: Path, name: str = "new", most: int = 2 * _LIMIT) -> int:
     """Write a file until it is refused; returns the bytes that were taken.
 
     Written by nobody: ext4 lets whoever may pass limits (CAP_SYS_RESOURCE) do so where no overlay is in between.
@@ -58,48 +54,48 @@ def _write(directory: Path, name: str = "new", most: int = 2 * _LIMIT) -> int:
 
 def writers_are_held_to_the_limit(subject: Subject) -> None:
     """`size_limits`: a writer inside is refused at the limit, and can go on once something is deleted."""
-    chain = _chain(subject)
-    with _limited(subject, chain) as (_, inside):
+    chain = subject.open_chain()
+    with limited(subject, chain) as (_, inside):
         for name in ("new", "again"):
-            assert _LIMIT - _SLACK < _write(inside, name) <= _LIMIT
+            assert _LIMIT - _SLACK < write_until_refused(inside, name) <= _LIMIT
             (inside / name).unlink()
             os.sync()
 
 
 def others_are_not_held_to_it(subject: Subject) -> None:
     """A limit is one snapshot's: its neighbours, with a limit of their own or none, write on."""
-    chain = _chain(subject)
-    with _limited(subject, chain) as (_, full), _limited(subject, chain, 2 * _LIMIT) as (_, larger):
-        assert _write(full) <= _LIMIT
-        assert _write(larger) > 2 * _LIMIT - 2 * _SLACK
+    chain = subject.open_chain()
+    with limited(subject, chain) as (_, full), limited(subject, chain, 2 * _LIMIT) as (_, larger):
+        assert write_until_refused(full) <= _LIMIT
+        assert write_until_refused(larger) > 2 * _LIMIT - 2 * _SLACK
         free = SnapshotId(next(_numbers))
         subject.driver.prepare(free, chain)
-        assert _write(subject.driver.mount(free, chain) / "open") == 2 * _LIMIT
+        assert write_until_refused(subject.driver.mount(free, chain) / "open") == 2 * _LIMIT
         subject.driver.remove(free)
 
 
 def everything_counts(subject: Subject) -> None:
     """Files in new directories, moved ones, and links count as well; what was there in the image may be changed."""
-    chain = _chain(subject)
-    with _limited(subject, chain) as (_, inside):
+    chain = subject.open_chain()
+    with limited(subject, chain) as (_, inside):
         with (inside / "old").open("r+b") as file:
             file.write(b"new")
         (inside / "a/b").mkdir(parents=True)
         (inside / "a/b").chmod(0o777)
-        first = _write(inside / "a/b", most=_LIMIT // 2)
+        first = write_until_refused(inside / "a/b", most=_LIMIT // 2)
         (inside / "a/b/new").rename(inside / "moved")
         (inside / "link").hardlink_to(inside / "moved")
         assert first == _LIMIT // 2
-        assert first + _write(inside / "a/b") <= _LIMIT
+        assert first + write_until_refused(inside / "a/b") <= _LIMIT
         assert (inside / "old").read_bytes()[:4] == b"newo"
 
 
 def usage_is_what_counts(subject: Subject) -> None:
     """The usage of a limited snapshot is what counts against its limit, found without listing what it keeps."""
-    chain = _chain(subject)
-    with _limited(subject, chain) as (snapshot, inside):
+    chain = subject.open_chain()
+    with limited(subject, chain) as (snapshot, inside):
         before = subject.driver.usage(snapshot)
-        written = _write(inside, most=_LIMIT // 2)
+        written = write_until_refused(inside, most=_LIMIT // 2)
         for number in range(100):
             (inside / f"d{number}").mkdir()
         os.sync()
@@ -114,33 +110,34 @@ def usage_is_what_counts(subject: Subject) -> None:
 
 def limits_last(subject: Subject) -> None:
     """A limit is there after detaching; asking for it twice is asking once."""
-    chain = _chain(subject)
-    with _limited(subject, chain) as (snapshot, inside):
+    chain = subject.open_chain()
+    with limited(subject, chain) as (snapshot, inside):
         subject.driver.prepare(snapshot, chain, size=_LIMIT)
-        first = _write(inside, most=_LIMIT // 2)
+        first = write_until_refused(inside, most=_LIMIT // 2)
         subject.engine.detach()
         subject.driver.attach()
         inside = subject.driver.mount(snapshot, chain) / "open"
-        assert first + _write(inside, "more") <= _LIMIT
+        assert first + write_until_refused(inside, "more") <= _LIMIT
 
 
 def limits_at_once(subject: Subject) -> None:
     """Made by many at once, each snapshot has its own limit; removed, none is left to those that come after."""
-    chain = _chain(subject)
-    subject.require(subject.driver.capabilities.size_limits, "its file system has no limits")
+    chain = subject.open_chain()
     made = [SnapshotId(next(_numbers)) for _ in range(8)]
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda one: subject.driver.prepare(one, chain, size=4 * _MIB), made))
-        taken = list(threads.map(lambda one: _write(subject.driver.mount(one, chain) / "open", most=8 * _MIB), made))
+        taken = list(
+            threads.map(lambda one: write_until_refused(subject.driver.mount(one, chain) / "open", most=8 * _MIB), made)
+        )
         list(threads.map(subject.driver.remove, made))
     assert all(0 < one <= 4 * _MIB for one in taken), taken
 
 
 def limited_removal_can_be_repeated(subject: Subject) -> None:
     """A full snapshot can be removed, also again; one that was cut short while it was made, too."""
-    chain = _chain(subject)
-    with _limited(subject, chain) as (snapshot, inside):
-        _write(inside)
+    chain = subject.open_chain()
+    with limited(subject, chain) as (snapshot, inside):
+        write_until_refused(inside)
         subject.driver.remove(snapshot)
         subject.driver.remove(snapshot)
         assert snapshot not in subject.driver.stored().snapshots
@@ -148,18 +145,17 @@ def limited_removal_can_be_repeated(subject: Subject) -> None:
 
 def storage_made_again_has_its_limit(subject: Subject) -> None:
     """What the engine makes anew, because a crash took the storage, has the limit that was asked for at first."""
-    subject.require(subject.driver.capabilities.size_limits, "its file system has no limits")
     base = subject.layer(tar(folder(b"open/", 0o777)))
     container = subject.engine.prepare("limited", base, size=_LIMIT)
     subject.driver.remove(container.id)
-    assert _write(subject.root(container) / "open") <= _LIMIT
+    assert write_until_refused(subject.root(container) / "open") <= _LIMIT
     refused(InvalidArgument, lambda: subject.engine.prepare("too-small", base, size=1))
     assert subject.driver.stored().snapshots == {container.id}
 
 
 def limits_that_cannot_be_are_refused(subject: Subject) -> None:
     """Too small a limit; any limit where there is none: refused with the way to get it, and nothing is left."""
-    chain = _chain(subject)
+    chain = subject.open_chain()
     snapshot = SnapshotId(next(_numbers))
     for size in (-1, 0, 4096):
         refused(InvalidArgument, partial(subject.driver.prepare, snapshot, chain, size=size))
@@ -178,5 +174,6 @@ CASES: tuple[Case, ...] = (
     limits_at_once,
     limited_removal_can_be_repeated,
     storage_made_again_has_its_limit,
-    limits_that_cannot_be_are_refused,
 )
+
+REFUSALS: tuple[Case, ...] = (limits_that_cannot_be_are_refused,)

@@ -18,16 +18,13 @@ from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Snapshot
-from hpmapper.model import Kind
+from hpmapper.model import Kind, SnapshotId
 from hpmapper.pool.floor import Floor
 from hpmapper.store.workspace import remove_tree
+from hpmapper.testing.tars import folder, member, tar
 from hpmapper.testing.trees import Operation, apply, assert_same
 
 _E = TypeVar("_E", bound=Exception)
-
-
-class NotApplicable(Exception):
-    """The driver does not claim what the case is about."""
 
 
 class Subject:
@@ -43,11 +40,6 @@ class Subject:
         self.directory = directory
         self._numbers = count()
 
-    def require(self, claimed: bool, why: str) -> None:
-        """Leave the case unless the driver claims so."""
-        if not claimed:
-            raise NotApplicable(why)
-
     def model(self) -> Path:
         """A new plain directory with the root attributes of an empty snapshot."""
         path = self.directory / f"model-{next(self._numbers)}"
@@ -55,10 +47,17 @@ class Subject:
         path.chmod(0o755)
         return path
 
-    def layer(self, tar: bytes | BinaryIO, parent: Snapshot | None = None) -> Snapshot:
+    def layer(self, blob: bytes | BinaryIO, parent: Snapshot | None = None) -> Snapshot:
         """Bring in a layer, of which nothing is known beforehand."""
-        blob = io.BytesIO(tar) if isinstance(tar, bytes) else tar
-        return self.engine.ingest(parent, blob, Expected()).snapshot
+        stream = io.BytesIO(blob) if isinstance(blob, bytes) else blob
+        return self.engine.ingest(parent, stream, Expected()).snapshot
+
+    def open_chain(self) -> list[SnapshotId]:
+        """A chain of one layer that has a directory "open", to which anybody may write, with 2 MiB of letters "old"."""
+        letters = member(b"open/old", b"o" * (2 << 20), mode=0o666)
+        base = self.layer(tar(folder(b"open/", 0o777), letters))
+        assert base.layer is not None
+        return [base.layer]
 
     def container(self, parent: Snapshot | None, *, view: bool = False) -> Snapshot:
         """A new active snapshot, or a view."""
@@ -100,6 +99,17 @@ class Subject:
     def changes(self, snapshot: Snapshot) -> list[str]:
         """The changes as Docker prints them: "C /etc"."""
         return [f"{change.kind} {os.fsdecode(change.path)}" for change in self.engine.changes(snapshot)]
+
+    def diff(self, snapshot: Snapshot) -> bytes:
+        """A snapshot's changes as a layer tar."""
+        out = io.BytesIO()
+        self.driver.write_diff(snapshot.id, self.engine.below(snapshot), out)
+        return out.getvalue()
+
+    def size(self, committed: Snapshot) -> int:
+        """The recorded bytes of a committed snapshot's tar."""
+        assert committed.layer is not None
+        return snapshots.layer(self.engine.db, committed.layer).tar_size
 
     def diff_id(self, committed: Snapshot) -> str:
         """The recorded sha256 of a committed snapshot's tar."""
