@@ -3,6 +3,7 @@
     storage-driver = "hpmapper"             # as in Docker; else the root's own, else the first that works
     storage-opts   = ["pool.size=200G"]     # as in Docker: NAME=VALUE, see OPTIONS
     root           = "/var/lib/hpmapper"
+    metrics        = "127.0.0.1:9469"       # where `serve` tells Prometheus its metrics; nowhere if not said
 
     [pool]                                  # the same options, written as tables
     size = "200G"
@@ -33,7 +34,7 @@ DEFAULT_FILE = Path("/etc/hpmapper/config.toml")
 
 _Choice = TypeVar("_Choice", PoolKind, PoolFs)
 
-_KEYS = ("storage-driver", "storage-opts", "root", "pool", "dm", "min_free_space")
+_KEYS = ("storage-driver", "storage-opts", "root", "metrics", "pool", "dm", "min_free_space")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Config:
 
     root: Path = DEFAULT_ROOT
     driver: str | None = None
+    metrics: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
     def with_options(self, words: tuple[str, ...] | list[str]) -> Config:
@@ -154,6 +156,7 @@ class _Reader:
         config = Config(
             root=Path(self._string(table, "root", str(DEFAULT_ROOT))) if not self._foreign_keys else DEFAULT_ROOT,
             driver=self._driver(table),
+            metrics=(self._string(table, "metrics", "") or None) if not self._foreign_keys else None,
         )
         if not self._foreign_keys:
             words += self._nested(table)

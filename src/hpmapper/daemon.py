@@ -24,7 +24,10 @@ from hpmapper.containerd.snapshots import SnapshotService
 from hpmapper.docker import plugin
 from hpmapper.engine import Engine
 from hpmapper.forest import Forest
+from hpmapper.metrics.collect import registry
+from hpmapper.metrics.serve import serving
 from hpmapper.root import only_daemon, open_root
+from hpmapper.rpc.calls import Calls
 from hpmapper.rpc.server import Method, Server
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,8 @@ def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | 
         docker_plugin: a socket for Docker's graph driver plugin protocol, too.
 
     Raises:
-        FailedPrecondition: another daemon serves the root or the socket. Else as `open_root`.
+        FailedPrecondition: another daemon serves the root or a socket. InvalidArgument: `config.metrics` is no address.
+            Else as `open_root`.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     # Blocked before any thread is made, and waited for: a handler would run only once the main thread woke.
@@ -61,10 +65,13 @@ def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | 
         content = ContentStore(containerd)
         server = Server(methods(engine, caretaker, content), engine.db.batch)
         _listen(server, address)
+        manager = CacheManager(engine.db, engine.driver)
+        calls = {"containerd": server.calls, "docker": Calls()}
         with (
-            _kept_tidy(engine),
+            _kept_tidy(manager),
             _running(server, caretaker, content),
-            plugin.serving(engine, caretaker, docker_plugin) if docker_plugin else nullcontext(),
+            plugin.serving(engine, caretaker, docker_plugin, calls["docker"]) if docker_plugin else nullcontext(),
+            serving(config.metrics, registry(engine, manager, calls)) if config.metrics else nullcontext(),
         ):
             notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
             log.info("serving %s on %s with the driver %s", config.root, address, engine.driver.name)
@@ -99,9 +106,8 @@ def _running(server: Server, caretaker: Caretaker, content: ContentStore) -> Ite
 
 
 @contextmanager
-def _kept_tidy(engine: Engine) -> Iterator[None]:
+def _kept_tidy(manager: CacheManager) -> Iterator[None]:
     """Drop what is cached twice when memory gets short, while the body runs."""
-    manager = CacheManager(engine.db, engine.driver)
     manager.start()
     try:
         yield

@@ -33,7 +33,7 @@ from hpmapper.drivers.base import ChainBelow, Driver, Fresh, Ingested, MountSpec
 from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
-from hpmapper.meta import snapshots
+from hpmapper.meta import snapshots, totals
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Layer, Snapshot
 from hpmapper.model import Change, Kind, ObjectDigest, SnapshotId, Usage
@@ -261,6 +261,7 @@ class Engine:
             try:
                 with self.db.transaction() as transaction:
                     snapshots.add_layer(transaction, _layer_row(facts), facts.objects)
+                    _note_read(transaction, facts)
                     snapshots.remember_blob(
                         transaction, facts.digests.blob_digest, facts.digests.diff_id, facts.digests.tar_size
                     )
@@ -324,6 +325,8 @@ class Engine:
             snapshot = found.id if found else self._adopt(transaction, key, below, diff_id) if adoptable else None
             if snapshot is not None and lease:
                 snapshots.hold(transaction, lease, snapshot)
+            if snapshot is not None:
+                note_known(transaction, snapshots.by_id(transaction, snapshot).layer)
         return snapshots.by_id(self.db, snapshot) if snapshot is not None else None
 
     def _adopt(
@@ -346,6 +349,7 @@ class Engine:
             superfluous = winner is not None and not snapshots.is_damaged(transaction, winner)
             if not superfluous:
                 snapshots.add_layer(transaction, layer, facts.objects)
+            _note_read(transaction, facts, kept=not superfluous)
             if winner is None:
                 snapshots.committed(transaction, snapshot, key, snapshot, parent)
             elif winner.layer is not None and not superfluous:
@@ -746,6 +750,18 @@ def chain_id(parent: str | None, diff_id: str) -> str:
     if parent is None:
         return diff_id
     return "sha256:" + hashlib.sha256(f"{parent} {diff_id}".encode("ascii")).hexdigest()
+
+
+def _note_read(transaction: snapshots.Transaction, facts: Ingested, *, kept: bool = True) -> None:
+    """Count a layer that was read; one that is not kept was here already, which nobody could know before."""
+    written = facts.size if kept else 0
+    totals.add(transaction, layers_read=1, bytes_written=written, bytes_not_written=facts.deduplicated)
+
+
+def note_known(transaction: snapshots.Transaction, layer: SnapshotId | None) -> None:
+    """Count a layer that was here already, and so was not read again."""
+    if layer is not None:
+        totals.add(transaction, layers_known=1, bytes_not_unpacked=snapshots.tar_size(transaction, layer))
 
 
 def _nothing() -> None:

@@ -25,7 +25,7 @@ from typing import BinaryIO, ParamSpec, Protocol, TypeVar, cast
 
 from hpmapper import faults
 from hpmapper.drivers.base import MountSpec, Progress
-from hpmapper.engine import Engine, Recorded, chain_id
+from hpmapper.engine import Engine, Recorded, chain_id, note_known
 from hpmapper.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -471,6 +471,7 @@ class Forest:
         try:
             with self._db.transaction() as transaction:
                 snapshots.set_applied(transaction, snapshot.id, layer)
+                note_known(transaction, layer)
         except NotFound:
             return False
         faults.point("forest.applied")
@@ -517,6 +518,7 @@ class Forest:
             snapshots.committed(transaction, snapshot.id, snapshot.key, layer, parent)
             snapshots.set_labels(transaction, snapshot.id, labels)
             self._note_chain(transaction, snapshot.id, layer, parent)
+            note_known(transaction, layer)
 
     # Names.
 

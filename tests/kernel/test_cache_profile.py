@@ -259,7 +259,7 @@ def test_the_commands(tmp_path: Path) -> None:
         (tmp_path / "ready").touch()
         words = ["profile", "record", "--window", "20", "--ready", ready, "box", *reading]
         assert "read ahead" in said(*words)
-        words = ["profile", "record", "--window", "3", "box", *reading]
+        words = ["profile", "record", "--window", "6", "box", *reading]
         assert json.loads(said("--json", *words))["bytes"] >= 2 * MIB
         shown = json.loads(said("profile", "show", "--files", "box", "--json"))
         assert {one["path"] for one in shown["files"]} == {"/bin/busybox", "/data"}

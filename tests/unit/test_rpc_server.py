@@ -181,7 +181,7 @@ def test_an_error_with_undecodable_bytes_is_told(place: Place) -> None:
     def fail(call: Call) -> Iterable[bytes]:
         raise NotFound(os.fsdecode(b"no \xff\xfe here"))
 
-    place.server._methods[b"/t/Undecodable"] = Method(fail, quick=True)
+    place.server._methods[b"/t/Undecodable"] = ("t/Undecodable", Method(fail, quick=True))
     with place.channel() as channel:
         code, text = _refused(lambda: _unary(channel, "Undecodable")())
         assert code is grpc.StatusCode.NOT_FOUND

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from hpmapper.cache.inventory import Inventory
@@ -42,10 +42,9 @@ class Activity:
 
     def look(self, inventory: Inventory) -> dict[SnapshotId, Work]:
         """What each live container did since the last look; at the first one, since its processes began."""
-        roots = _roots(inventory)
         done = dict.fromkeys(inventory.live, _NONE)
         seen: dict[int, Work] = {}
-        for pid, snapshot in _processes(roots):
+        for pid, snapshot in processes(inventory):
             work = _work(pid)
             if work is not None:
                 seen[pid] = work
@@ -77,7 +76,9 @@ def _roots(inventory: Inventory) -> dict[tuple[int, int], SnapshotId]:
     return roots
 
 
-def _processes(roots: Mapping[tuple[int, int], SnapshotId]) -> Iterator[tuple[int, SnapshotId]]:
+def processes(inventory: Inventory) -> Iterator[tuple[int, SnapshotId]]:
+    """The processes of live containers: (pid, the container's snapshot)."""
+    roots = _roots(inventory)
     if not roots:
         return
     for name in os.listdir("/proc"):

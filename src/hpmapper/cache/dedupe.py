@@ -110,12 +110,14 @@ class Deduper:
     known: MutableMapping[Key, bytes] = field(default_factory=dict)
 
     def run(self, inventory: Inventory, object_sizes: Mapping[ObjectDigest, int], now: float) -> Deduped:
-        """One pass; `now`: seconds since 1970.
+        """One pass; `now`: seconds since 1970. Nothing is done where containers have devices of their own.
 
         Raises:
             Unsupported: the file system cannot share extents.
         """
         done = Deduped()
+        if not inventory.places.one_disk:
+            return done
         sizes = set(object_sizes.values())
         groups: dict[bytes, list[str]] = defaultdict(list)
         for path, key in self._worth_reading(inventory, sizes, now, done):

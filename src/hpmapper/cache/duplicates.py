@@ -67,6 +67,8 @@ class Duplicate(NamedTuple):
 def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) -> list[Duplicate]:
     """All pages whose blocks are cached through another inode as well, those that are missed least first.
 
+    None where each container has a device of its own: what it shares with others, no file system knows.
+
     Of the copies of one block the one stays that is read most: the object's, while a live container reads it there;
     then that of the busiest container (`work`: of each live one; by default all are taken for idle). An object that
     every reader has copied up comes last: nobody reads it there any more.
@@ -75,7 +77,7 @@ def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) ->
         Unsupported: the kernel has no cachestat(2), without which nobody knows what is dirty.
     """
     _require_cachestat()
-    own = list(_own_files(inventory))
+    own = list(_own_files(inventory)) if inventory.places.one_disk else []
     if not own:
         return []
     shared = list(_shared_files(inventory, own))

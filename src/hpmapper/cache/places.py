@@ -21,6 +21,9 @@ class Places(Protocol):
 
     name: str
     scratch: Path
+    one_disk: bool
+    """Whether the same place on the disk (FIEMAP) is the same bytes in whichever file: not if each container has a
+    device of its own."""
 
     def object_file(self, digest: ObjectDigest) -> str | None:
         """Where an object's data is; None for a driver without objects."""
@@ -39,6 +42,9 @@ class Places(Protocol):
 
     def root(self, snapshot: SnapshotId) -> Path:
         """The container's root directory: what its processes have for `/`."""
+
+    def block_devices(self) -> list[Path]:
+        """Block devices that hold all this and are not mounted themselves."""
 
 
 def places(driver: Driver) -> Places:
@@ -62,12 +68,13 @@ def devices(driver: Driver) -> list[Path]:
     without direct I/O caches all that is read through it a second time, in its file.
     """
     found: dict[Path, None] = {}
-    for one in mounts_below(driver.scratch.parent):
-        if one.source.startswith("/dev/"):
-            found[Path(one.source)] = None
-            backing = _backing(Path(one.source))
-            if backing is not None:
-                found[backing] = None
+    mounted = (Path(one.source) for one in mounts_below(driver.scratch.parent) if one.source.startswith("/dev/"))
+    more = driver.block_devices() if isinstance(driver, Places) else []
+    for device in (*mounted, *more):
+        found[device] = None
+        backing = _backing(device)
+        if backing is not None:
+            found[backing] = None
     return list(found)
 
 

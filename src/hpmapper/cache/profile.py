@@ -5,9 +5,10 @@ As JSON, because it travels with images and is read by others than its maker:
     {"version": 1, "cold": true, "seconds": 12.5, "map": {"size": …, "ranges": [[start, length], …]},
      "objects": [{"digest": "…64 hexadecimal digits", "ranges": [[start, length], …]}, …]}
 
-Objects stand in the order in which they lie on the disk of the machine that stored the profile. A profile holds for
-contents, not for names: objects are named by digest, so one that the image no longer has is passed over; ranges of a
-map of another size are too. The worst that a false profile can do is to have some of the image's own files read ahead.
+Objects stand in the order in which the start opened them, or, where the disk rotates, in which they lie on it. A
+profile holds for contents, not for names: objects are named by digest, so one that the image no longer has is passed
+over; ranges of a map of another size are too. The worst that a false profile can do is to have some of the image's own
+files read ahead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -110,6 +112,29 @@ def decode(data: bytes, what: str) -> Profile:
         raise Corrupt(f"{what} has version {found.version}", hint=f"this hpmapper reads version {VERSION}")
     objects = ((ObjectDigest(bytes.fromhex(one.digest)), _runs(one)) for one in found.objects)
     return Profile(found.map.size, _runs(found.map), tuple(objects), found.cold, found.seconds)
+
+
+def for_this_disk(profile: Profile, places: Places) -> Profile:
+    """With its objects in the order that this machine's disk likes best; those that are not here are left out.
+
+    A disk that rotates likes them as they lie on it. Others do not care, and what is needed first had better come
+    first: the start goes on while the rest is read (docs/measurements.md).
+    """
+    here = tuple(one for one in profile.objects if os.path.exists(places.object_file(one[0]) or ""))
+    found = replace(profile, objects=here)
+    return in_disk_order(found, places) if rotates(places.scratch) else found
+
+
+def rotates(path: Path) -> bool:
+    """Whether the disk below a path rotates, as far as the kernel knows."""
+    number = os.stat(path).st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for queue in (device / "queue", device / "../queue"):  # a partition has its disk's
+        try:
+            return (queue / "rotational").read_text().strip() == "1"
+        except FileNotFoundError:
+            continue
+    return False
 
 
 def in_disk_order(profile: Profile, places: Places) -> Profile:

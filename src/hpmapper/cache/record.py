@@ -11,12 +11,12 @@ import os
 import re
 import select
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from hpmapper.cache.count import count_open, opened
 from hpmapper.cache.places import Places
-from hpmapper.cache.profile import Profile, file_size, in_disk_order, joined
+from hpmapper.cache.profile import Profile, file_size, for_this_disk, joined
 from hpmapper.kernel import fanotify
 from hpmapper.kernel.mincore import Run, resident
 from hpmapper.model import ObjectDigest
@@ -35,18 +35,18 @@ _OBJECT = re.compile(r"([0-9a-f]{2})/([0-9a-f]{62})$")
 
 def watch(
     places: Places, until: Callable[[float], bool], ready: Callable[[], None] = lambda: None
-) -> set[ObjectDigest]:
-    """The objects that are opened until `until(seconds to wait)` says that it is enough."""
-    found: set[ObjectDigest] = set()
+) -> list[ObjectDigest]:
+    """The objects that are opened until `until(seconds to wait)` says that it is enough, in the order of that."""
+    found: dict[ObjectDigest, None] = {}
     with fanotify.watching(places.scratch.parent, fanotify.FAN_OPEN) as fd:
         ready()
         while not until(0.05):
             _drain(fd, found)
         _drain(fd, found)
-    return found
+    return list(found)
 
 
-def _drain(fd: int, found: set[ObjectDigest]) -> None:
+def _drain(fd: int, found: dict[ObjectDigest, None]) -> None:
     own = os.getpid()
     while events := fanotify.read_events(fd):
         for event in events:
@@ -54,14 +54,14 @@ def _drain(fd: int, found: set[ObjectDigest]) -> None:
                 # Opened by overlayfs through a mount of its own, whose root is the directory of objects or above.
                 match = _OBJECT.search(os.readlink(f"/proc/self/fd/{event.fd}"))
                 if match and event.pid != own:
-                    found.add(ObjectDigest(bytes.fromhex(match[1] + match[2])))
+                    found.setdefault(ObjectDigest(bytes.fromhex(match[1] + match[2])))
                 os.close(event.fd)
 
 
 def profile_of(
     places: Places,
     map_file: Path | None,
-    read: Collection[ObjectDigest],
+    read: Iterable[ObjectDigest],
     seconds: float,
     *,
     cold: bool,
@@ -74,7 +74,7 @@ def profile_of(
             parts.append((digest, runs))
     map_runs = _read_parts(str(map_file), cold=True) if map_file else ()
     map_size = file_size(map_file) if map_file else 0
-    return in_disk_order(Profile(map_size, map_runs, tuple(parts), cold, seconds), places)
+    return for_this_disk(Profile(map_size, map_runs, tuple(parts), cold, seconds), places)
 
 
 def _read_parts(path: str, *, cold: bool) -> tuple[Run, ...]:

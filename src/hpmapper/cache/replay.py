@@ -1,4 +1,9 @@
-"""Reading ahead what a start will read, in one sweep in the order of the disk."""
+"""Reading ahead what a start will read, in one sweep.
+
+The container runs meanwhile and asks the same disk for other things: what its own files hold, for one. So no more is
+asked for at a time than keeps the disk busy. Asked for all at once, a disk with one queue would let the container wait
+behind the whole sweep.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,13 @@ from hpmapper.kernel import lock
 from hpmapper.kernel.mincore import Run
 from hpmapper.model import ObjectDigest
 
-_THREADS = 8
+_THREADS = 16
 """Files opened at a time: opening a cold one waits for its inode, and the others need not wait with it."""
+
+_PIECE = 128 << 10
+_UNDER_WAY = 4
+"""Bytes asked for at a time, and how many times that at once. What a disk of 200 MB/s and 1 ms has under way when it is
+busy is 200 KB; what is more is time that the container waits behind it."""
 
 _FREE_SHARE = 0.5
 """Of the memory that is available; what would push other things out of the cache is left to the start itself."""
@@ -42,16 +52,16 @@ def sweep(profile: Profile, places: Places, map_file: Path | None, budget: int |
     """
     room = available_memory() * _FREE_SHARE if budget is None else budget
     paths = _within(list(_paths(profile, places, map_file)), room)
-    lock, done = threading.Lock(), iter(paths)
+    lock, done, under_way = threading.Lock(), iter(paths), threading.Semaphore(_UNDER_WAY)
 
     def work() -> int:
         files = 0
         while True:
-            with lock:  # taken in order, so that the disk's order holds
+            with lock:  # taken in the profile's order
                 one = next(done, None)
             if one is None:
                 return files
-            files += _read_ahead(*one)
+            files += _read_ahead(*one, under_way)
 
     with _alone(map_file) as alone:
         if not alone or is_cached(profile, places):
@@ -111,12 +121,16 @@ def _within(paths: list[tuple[str, tuple[Run, ...]]], room: float) -> list[tuple
     return kept
 
 
-def _read_ahead(path: str, runs: tuple[Run, ...]) -> int:
+def _read_ahead(path: str, runs: tuple[Run, ...], under_way: threading.Semaphore) -> int:
     with opened(path) as fd:
         if fd is None or not runs:
             return 0
         for start, end in runs:
-            os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
+            for piece in range(start, end, _PIECE):
+                length = min(_PIECE, end - piece)
+                with under_way:
+                    os.posix_fadvise(fd, piece, length, os.POSIX_FADV_WILLNEED)
+                    os.pread(fd, 1, piece + length - 1)  # waits until the last of it is there
         return 1
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.places import Places, places
-from hpmapper.cache.profile import Profile, decode, in_disk_order
+from hpmapper.cache.profile import Profile, decode, for_this_disk
 from hpmapper.cache.record import enough, forget, is_cold, profile_of, watch
 from hpmapper.cache.replay import Swept, sweep
 from hpmapper.drivers.base import Chain, Driver
@@ -83,7 +83,7 @@ def load(db: Database, image: ImageRow) -> Profile | None:
 
 def keep(db: Database, files: ImageFiles, profile: Profile) -> Profile:
     """Store a profile with an image, without what is none of the image's; returns it as stored."""
-    own = in_disk_order(profile.restricted(files.objects), files.places)
+    own = for_this_disk(profile.restricted(files.objects), files.places)
     with db.transaction() as transaction:
         profiles.store(transaction, files.image.id, own.encode())
     return own
@@ -165,7 +165,8 @@ def record(
     began = time.monotonic()
     over = enough(side.told, window)
     seen = watch(files.places, lambda wait: over(wait) or is_ready(), side.ready)
-    return profile_of(files.places, files.map_file, seen & files.objects, time.monotonic() - began, cold=cold)
+    own = [digest for digest in seen if digest in files.objects]
+    return profile_of(files.places, files.map_file, own, time.monotonic() - began, cold=cold)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ COMMANDS = {
     "pool": Lazy("hpmapper.cli.pool:pool", "Make, watch and grow the storage pool."),
     "config": Lazy("hpmapper.cli.configure:config", "Make containerd or Docker use hpmapper."),
     "cache": Lazy("hpmapper.cli.cache:cache", "See and tidy the page cache."),
+    "top": Lazy("hpmapper.cli.top:top", "Watch containers: cache, processor, disk, copy-ups, and the pool's space."),
     "profile": Lazy("hpmapper.cli.profile:profile", "See, record and drop images' start profiles."),
     "migrate": Lazy("hpmapper.cli.migrate:migrate", "Move everything to a root with another driver."),
     "info": Lazy("hpmapper.cli.system:info", "Show what is in use."),

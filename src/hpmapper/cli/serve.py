@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -35,8 +36,15 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="FILE",
     help="Serve Docker 1.13 to 26 as well, as a graph driver plugin: /run/docker/plugins/hpmapper.sock.",
 )
+@click.option(
+    "--metrics",
+    metavar="ADDRESS",
+    help="Tell Prometheus the metrics: on a unix socket, by its path, or a loopback address such as 127.0.0.1:9469.",
+)
 @click.pass_obj
-def serve(state: State, address: Path, containerd_address: Path, docker_plugin: Path | None) -> None:
+def serve(
+    state: State, address: Path, containerd_address: Path, docker_plugin: Path | None, metrics: str | None
+) -> None:
     """Serve the root to containerd and Docker until told to stop.
 
     containerd has its snapshotter and differ here, older Dockers their graph driver. Stops on SIGTERM: calls under way
@@ -44,4 +52,7 @@ def serve(state: State, address: Path, containerd_address: Path, docker_plugin: 
     """
     if not state.debug:
         logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
-    daemon.serve(config_of(state), address.absolute(), str(containerd_address), docker_plugin)
+    config = config_of(state)
+    if metrics is not None:
+        config = dataclasses.replace(config, metrics=metrics)
+    daemon.serve(config, address.absolute(), str(containerd_address), docker_plugin)

@@ -7,6 +7,7 @@ differs from these in the form of capabilities and of id maps, and the code is w
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -22,6 +23,8 @@ from hpmapper.engine import Engine
 from hpmapper.errors import HpmapperError, InvalidArgument, NotFound, Unsupported
 from hpmapper.forest import Forest
 from hpmapper.model import ChangeKind
+from hpmapper.rpc.calls import Calls
+from hpmapper.rpc.status import code_of
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +60,12 @@ _Asked = TypeVar("_Asked", _Init, _Layer)
 
 
 @contextmanager
-def serving(engine: Engine, caretaker: Caretaker, address: Path) -> Iterator[None]:
-    """Serve an engine's snapshots to Docker, on a unix socket, while the body runs.
+def serving(engine: Engine, caretaker: Caretaker, address: Path, calls: Calls | None = None) -> Iterator[None]:
+    """Serve an engine's snapshots to Docker, on a unix socket, while the body runs; `calls` counts what is asked.
 
     Raises as `Server`.
     """
-    plugin = Plugin(Layers(Forest(engine, OWNER, caretaker), caretaker.clean_up))
+    plugin = Plugin(Layers(Forest(engine, OWNER, caretaker), caretaker.clean_up), calls)
     server = Server(address, plugin.handle, plugin.failed)
     server.start()
     try:
@@ -74,8 +77,9 @@ def serving(engine: Engine, caretaker: Caretaker, address: Path) -> Iterator[Non
 class Plugin:
     """Turns requests into calls of `Layers`."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, calls: Calls | None = None) -> None:
         self._layers = layers
+        self._calls = calls or Calls()
         self._endpoints: Mapping[str, Callable[[Request], Response]] = {
             "/Plugin.Activate": lambda _: _told(Implements=["GraphDriver"]),
             "/GraphDriver.Init": self._init,
@@ -102,6 +106,17 @@ class Plugin:
         Raises:
             HpmapperError: for `failed`.
         """
+        began, outcome = time.perf_counter(), "OK"
+        try:
+            return self._answer(request)
+        except Exception as error:
+            outcome = code_of(error).name
+            raise
+        finally:
+            name = request.path.removeprefix("/") if request.path in self._endpoints else ""
+            self._calls.count(name, outcome, time.perf_counter() - began)
+
+    def _answer(self, request: Request) -> Response:
         endpoint = self._endpoints.get(request.path)
         if endpoint is None:
             raise NotFound(f"there is no endpoint {request.path[:100]!r}")

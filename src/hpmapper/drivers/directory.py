@@ -257,6 +257,8 @@ class DirectoryLayers:
 
     home: Path
     scratch: Path
+    one_disk = True
+    """See `hpmapper.cache.places`."""
 
     def _layer(self, layer: SnapshotId) -> Path:
         return self.home / "l" / str(layer)
@@ -283,9 +285,13 @@ class DirectoryLayers:
         """None."""
         return []
 
-    def layer_files(self, layer: SnapshotId) -> Path:
+    def layer_files(self, layer: SnapshotId) -> Path | None:
         """The layer's directory."""
         return self._layer(layer) / "diff"
+
+    def block_devices(self) -> list[Path]:
+        """None but what is mounted."""
+        return []
 
     def remove_layer(self, layer: SnapshotId) -> None:
         discard(self._layer(layer), self.scratch)

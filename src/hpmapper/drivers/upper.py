@@ -69,6 +69,8 @@ class UpperDriver:
     """A driver's part that deals in snapshots; subclasses deal in layers."""
 
     capabilities: Capabilities
+    one_disk = True
+    """See `hpmapper.cache.places`."""
     _limits: Limits
 
     def __init__(self, home: Path) -> None:
@@ -255,6 +257,10 @@ class UpperDriver:
     def own_files(self, snapshot: SnapshotId) -> Path:
         """The directory with what a container has for itself alone (`hpmapper.cache.places`)."""
         return self._snapshot(snapshot) / "u"
+
+    def block_devices(self) -> list[Path]:
+        """None but what is mounted."""
+        return []
 
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))

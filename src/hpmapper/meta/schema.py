@@ -51,7 +51,8 @@ CREATE TABLE start_profile (
 
 SCHEMA = (
     """
--- What holds for the whole root: 'driver', 'pool' (json), 'boot_id' of the last full reconciliation.
+-- What holds for the whole root: 'driver', 'pool' (json), 'boot_id' of the last full reconciliation, and running
+-- totals, 'total:NAME' (hpmapper.meta.totals).
 CREATE TABLE setting (
     key   TEXT PRIMARY KEY,
     value TEXT NOT NULL

@@ -128,6 +128,11 @@ def diff_id(db: Source, layer_id: SnapshotId) -> str:
     return str(_rows(db, "SELECT diff_id FROM layer WHERE id = ?", layer_id)[0][0])
 
 
+def tar_size(db: Source, layer_id: SnapshotId) -> int:
+    """Bytes of the tar that a layer came from, 0 if there was none."""
+    return int(_rows(db, "SELECT tar_size FROM layer WHERE id = ?", layer_id)[0][0])
+
+
 def layers(db: Database) -> list[Layer]:
     """Every layer that a snapshot uses, parents before their children."""
     used = "SELECT layer FROM snapshot WHERE layer IS NOT NULL UNION SELECT layer FROM applied"

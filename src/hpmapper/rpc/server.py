@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.rpc.calls import Calls
 from hpmapper.rpc.nghttp2 import HeaderBlock, ProtocolError, Session
 from hpmapper.rpc.status import Code, Failure
 
@@ -90,9 +91,13 @@ Batch = Callable[[], AbstractContextManager[object]]
 
 
 class _Stream:
-    __slots__ = ("body", "call", "headers", "size")
+    """One call. `name`: its method's, "" if there is none of that path; `began`: when it had come in, for metrics."""
+
+    __slots__ = ("began", "body", "call", "headers", "name", "size")
 
     def __init__(self) -> None:
+        self.name = ""
+        self.began = 0.0
         self.headers: list[tuple[bytes, bytes]] = []
         self.size = 0
         self.body = bytearray()
@@ -146,13 +151,17 @@ class _Connection:
     def has(self, stream: int) -> bool:
         return stream in self._streams
 
+    def stream(self, number: int) -> _Stream | None:
+        return self._streams.get(number)
+
 
 class Server:
     """A gRPC server on one unix socket."""
 
     def __init__(self, methods: Mapping[str, Method], batch: Batch) -> None:
         """`methods`: by path, "/package.Service/Method"."""
-        self._methods = {path.encode(): method for path, method in methods.items()}
+        self._methods = {path.encode(): (path.removeprefix("/"), method) for path, method in methods.items()}
+        self.calls = Calls()
         self._batch = batch
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
@@ -334,6 +343,7 @@ class Server:
     def _answer_ready(self) -> None:
         if not self._ready:
             return
+        now = time.perf_counter()
         touched: dict[_Connection, None] = {}
         quick: list[tuple[_Connection, int, _Stream, Method, Call]] = []
         while self._ready:
@@ -341,6 +351,7 @@ class Server:
             if connection not in self._connections or not connection.has(number):
                 continue
             touched[connection] = None
+            stream.began = now
             try:
                 method, call = self._understood(stream)
             except Failure as failure:
@@ -365,9 +376,10 @@ class Server:
         if stream.size > _MAX_HEADERS:
             raise Failure(Code.RESOURCE_EXHAUSTED, f"the call's headers have more than {_MAX_HEADERS} bytes")
         path = headers.get(b":path", b"")
-        method = self._methods.get(path)
-        if method is None:
+        found = self._methods.get(path)
+        if found is None:
             raise Failure(Code.UNIMPLEMENTED, f"there is no method {path[:200].decode('utf-8', 'replace')}")
+        stream.name, method = found
         body = stream.body
         if len(body) > MAX_MESSAGE:
             raise Failure(Code.RESOURCE_EXHAUSTED, f"the message has more than {MAX_MESSAGE} bytes")
@@ -417,8 +429,11 @@ class Server:
                 self._flush(connection)
 
     def _respond(self, connection: _Connection, number: int, answer: list[bytes] | Failure) -> None:
-        if connection not in self._connections or not connection.has(number):
+        stream = connection.stream(number)
+        if connection not in self._connections or stream is None:
             return  # cancelled
+        outcome = answer.code.name if isinstance(answer, Failure) else "OK"
+        self.calls.count(stream.name, outcome, time.perf_counter() - stream.began)
         session = connection.session
         try:
             if isinstance(answer, Failure):

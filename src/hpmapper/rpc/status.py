@@ -46,6 +46,13 @@ CODES: dict[type[HpmapperError], Code] = {
 """containerd's own client turns these into its errors (errdefs/pkg/errgrpc)."""
 
 
+def code_of(error: Exception) -> Code:
+    """The code of an error that a method raised; a bug's is INTERNAL."""
+    if isinstance(error, HpmapperError):
+        return CODES.get(type(error), Code.UNKNOWN)
+    return Code.INTERNAL
+
+
 class Failure(Exception):
     """A call's end without an answer. `http`: it was no gRPC at all."""
 
@@ -61,7 +68,7 @@ class Failure(Exception):
         if isinstance(error, Failure):
             return error
         if isinstance(error, HpmapperError):
-            return cls(CODES.get(type(error), Code.UNKNOWN), str(error))
+            return cls(code_of(error), str(error))
         if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
             return cls(Code.RESOURCE_EXHAUSTED, f"no space left: {error} (hpmapper pool grow, or remove something)")
         log.error("a call failed", exc_info=error)

@@ -33,7 +33,7 @@ from hpmapper.drivers.base import (
     Stored,
     bind_spec,
 )
-from hpmapper.drivers.devicemapper import info, thin, written
+from hpmapper.drivers.devicemapper import backing, info, thin, written
 from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import Record, Role
@@ -81,6 +81,7 @@ class DeviceMapperDriver(directory.DirectoryLayers):
         max_layers=1 << 20,
         mounts=True,
     )
+    one_disk = False
 
     def __init__(self, home: Path, options: Options) -> None:
         self.home = home
@@ -270,6 +271,23 @@ class DeviceMapperDriver(directory.DirectoryLayers):
 
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
+
+    # For the cache (`hpmapper.cache.places`).
+
+    def own_files(self, snapshot: SnapshotId) -> Path:
+        """The container's whole root: its device holds the image as well, and no other reads it there."""
+        return self.root(snapshot)
+
+    def layer_files(self, layer: SnapshotId) -> None:
+        """None: a layer is mounted only while it is made or copied."""
+
+    def block_devices(self) -> list[Path]:
+        """The pool's own two."""
+        try:
+            table = thin.pool_table(self.devices.pool)
+        except (HpmapperError, OSError):
+            return []
+        return [backing.node(table.data), backing.node(table.metadata)]
 
     def _snapshot_record(self, snapshot: SnapshotId) -> Record:
         record = self._records.find(Role.SNAPSHOT, snapshot)
