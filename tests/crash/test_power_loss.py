@@ -10,6 +10,7 @@ yet written missing: database and pool are cut off together, as a power failure 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import subprocess
@@ -30,11 +31,13 @@ from hpmapper.check import check
 from hpmapper.config import Config
 from hpmapper.engine import Engine
 from hpmapper.kernel import clone, loop, mount
+from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.pool import filesystem
 from hpmapper.pool.base import MIB, PoolFs
 from hpmapper.root import open_root
+from hpmapper.testing import tars
 from tests import scenario
 from tests.scenario import Report
 
@@ -53,6 +56,7 @@ from hpmapper.images import Images
 from hpmapper.image.documents import ImportOptions
 from hpmapper.layer.stream import Expected
 from hpmapper.root import open_root
+from hpmapper.testing import tars
 
 def layer(rng):
     out = io.BytesIO()
@@ -264,3 +268,24 @@ def _run_stopping(act: Callable[[], object], at_point: Callable[[str], None]) ->
             os.write(hear, b".")
     os.close(hear)
     assert scenario.finished(child) == 0
+
+
+def test_a_vfs_container_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Without reflink a copy may have its name on the disk before its data: an fsync beside it writes all names."""
+    data = {f"f{number}": os.urandom(100_000) for number in range(20)}
+    below, disk = tmp_path / "A", tmp_path / "B"
+    below.mkdir()
+    disk.mkdir()
+    with mounted(made_xfs(tmp_path / "disk.img", 2048 * MIB), below):
+        outer = below / "outer.img"
+        subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=0", "-d", f"file,name={outer},size=512m"], check=True)
+        with mounted(outer, disk), open_root(Config(root=disk / "root", driver="vfs")) as opened:
+            layer = tars.tar(*(tars.member(name.encode(), content) for name, content in data.items()))
+            top = opened.engine.ingest(None, io.BytesIO(layer), Expected()).snapshot
+            made = opened.engine.mount(opened.engine.prepare("c", top))
+            with (disk / "beside").open("wb") as beside:
+                beside.write(b"x")
+                os.fsync(beside.fileno())
+            clone_file(outer, below / "clone.img")
+        with mounted(below / "clone.img", disk):
+            assert {path.name: path.read_bytes() for path in made.iterdir()} == data

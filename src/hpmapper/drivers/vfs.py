@@ -94,6 +94,8 @@ class VfsDriver(directory.DirectoryLayers):
             remove_tree(copy)
         self._copy(chain, copy)
         faults.point("prepare.copied")
+        if chain:
+            sync.syncfs(copy)  # what has its final name is whole, after power loss as well
         copy.rename(top / "m")
 
     def has(self, snapshot: SnapshotId) -> bool:
