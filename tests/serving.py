@@ -21,6 +21,7 @@ from hpmapper.caretaker import Caretaker
 from hpmapper.config import Config
 from hpmapper.containerd.api import content_pb2 as content_api
 from hpmapper.containerd.api import diff_pb2 as diff_api
+from hpmapper.containerd.api import introspection_pb2 as introspection_api
 from hpmapper.containerd.api import snapshots_pb2 as api
 from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
 from hpmapper.containerd.content import ContentStore
@@ -201,8 +202,13 @@ def eventually(check: Callable[[], object], seconds: float = SECONDS) -> None:
 
 @dataclass
 class FakeContent:
-    """containerd's content store, as much of it as a differ needs: blobs and labels by digest."""
+    """containerd's content store, as much of it as a differ needs: blobs and labels by digest.
 
+    Attributes:
+        files: where it keeps its blobs in files as well, if it tells so.
+    """
+
+    files: Path | None = None
     blobs: dict[str, bytes] = field(default_factory=dict)
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
     reads: Counter[str] = field(default_factory=Counter)
@@ -215,6 +221,10 @@ class FakeContent:
         """A new blob."""
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.blobs[digest] = data
+        if self.files:
+            path = self.files / "blobs" / "sha256" / digest.removeprefix("sha256:")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         return Descriptor(media_type=media_type, digest=digest, size=len(data))
 
     def read(self, request: Any, context: Any) -> Iterator[Any]:
@@ -245,7 +255,14 @@ class FakeContent:
                 self.labels[digest] = dict(request.labels)
             yield content_api.WriteContentResponse(action=request.action, offset=len(data), digest=digest)
 
-    def info(self, request: Any, _: Any) -> Any:
+    def plugins(self, request: Any, _: Any) -> Any:
+        assert list(request.filters) == ["type==io.containerd.content.v1,id==content"]
+        exports = {"root": os.fspath(self.files)} if self.files else {}
+        return introspection_api.PluginsResponse(plugins=[introspection_api.Plugin(exports=exports)])
+
+    def info(self, request: Any, context: Any) -> Any:
+        if request.digest and request.digest not in self.blobs:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"content {request.digest}: not found")
         found = content_api.Info(digest=request.digest, labels=self.labels.get(request.digest, {}))
         return content_api.InfoResponse(info=found)
 
@@ -276,6 +293,11 @@ class FakeContent:
         }
         service = "containerd.services.content.v1.Content"
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, made),))
+        plugins = grpc.unary_unary_rpc_method_handler(
+            self.plugins, introspection_api.PluginsRequest.FromString, lambda answer: answer.SerializeToString()
+        )
+        service = "containerd.services.introspection.v1.Introspection"
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Plugins": plugins}),))
         server.add_insecure_port(f"unix:{address}")
         server.start()
         try:

@@ -79,3 +79,7 @@ class _Stoppable(io.RawIOBase):
         if self._stop.is_set():
             raise InterruptedError("nobody waits for this any more")
         return self._stream.read(size)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
