@@ -52,6 +52,9 @@ from hpmapper.tree import Inode
 INLINE_BELOW = 1024
 """Bytes from which a file becomes an object; smaller ones lie in the map. Measured: docs/measurements.md."""
 
+_READ_AHEAD = 16 << 20
+"""Bytes of a map that are read when it is mounted: all of it, but of the largest images' (250 bytes for each file)."""
+
 
 class HpmapperDriver(UpperDriver):
     """See the module's text, and `hpmapper.drivers.base` for the contract."""
@@ -312,7 +315,9 @@ class HpmapperDriver(UpperDriver):
         if not self._is_mounted(target):
             with lock.exclusive(path):
                 if not self._is_mounted(target):
-                    mount.erofs(f"{path}/map", target, form=self._map_form)
+                    form = mount.erofs(f"{path}/map", target, form=self._map_form)
+                    if form is mount.ErofsForm.FILE:
+                        _read_ahead(f"{path}/map")
         return target
 
     def _data(self) -> str:
@@ -332,6 +337,15 @@ class HpmapperDriver(UpperDriver):
         """The maps that tell what a chain shows: the image's, if it is there, or the layers'."""
         image = self._image(chain) / "map" if chain else None
         return [image] if image and image.exists() else [self._layer(layer) / "map" for layer in chain]
+
+
+def _read_ahead(path: str) -> None:
+    """Have a map read in the background: a start asks for names all over it, a block at a time."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(fd)
 
 
 def _names(chain: Path, layer: SnapshotId) -> bool:
