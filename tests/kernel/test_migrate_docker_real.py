@@ -1,4 +1,4 @@
-"""A directory that Docker 20.10 itself has written with its devicemapper driver, beside what that Docker shows of it."""
+"""A directory that Docker 20.10 itself has written with its devicemapper driver, beside what it shows of it."""
 
 from __future__ import annotations
 
