@@ -21,6 +21,7 @@ from hpmapper.drivers.limits import require_default, require_in_force
 from hpmapper.drivers.upper import Stack, UpperDriver
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below
+from hpmapper.layer.marks import USERXATTR
 from hpmapper.layer.merged import Later, Merged
 from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Expected
@@ -77,7 +78,7 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         self._make_home()
         require_default(self._limits, "overlay2.size", self._default_size)
         self.capabilities = dataclasses.replace(self.capabilities, default_size=self._default_size)
-        self._handed = ["index=off", *_not_by_default()]
+        self._handed = ["index=off", *USERXATTR, *_not_by_default()]
 
     def detach(self) -> None:
         if self.home.exists():

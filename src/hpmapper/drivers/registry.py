@@ -73,7 +73,7 @@ DRIVERS = (
     Registered(
         "overlay",
         lambda root, pool, options: _overlay(root, options),
-        needs=(("mounting",), ("overlay",), ("d_type",), ("trusted-xattr",)),
+        needs=(("mounting",), ("overlay",), ("d_type",), ("trusted-xattr", "overlay-userxattr")),
         options=("overlay2.size", "overlay2.override_kernel_check"),
     ),
     Registered(
