@@ -184,10 +184,10 @@ class Silent:
         pass
 
 
-def migrate(source: Config, target: Config, *, remove: bool = False) -> Moved:
+def migrate(source: Config, target: Config, *, remove: bool = False, limits: bool = True) -> Moved:
     """As the command does."""
     with source_of(source) as offered, target_of(target, source) as engine:
-        moved = Migration(offered, engine, target.floor(), Silent()).run()
+        moved = Migration(offered, engine, target.floor(), Silent(), limits=limits).run()
     if remove:
         remove_source(source)
     return moved

@@ -34,6 +34,9 @@ DEFAULT_FILE = Path("/etc/hpmapper/config.toml")
 
 _Choice = TypeVar("_Choice", PoolKind, PoolFs)
 
+_DOCKERS_NAMES = {"size": "vfs.size"}
+"""Options that Docker's drivers call otherwise."""
+
 _KEYS = ("storage-driver", "storage-opts", "root", "metrics", "pool", "dm", "min_free_space")
 
 
@@ -110,6 +113,7 @@ def _one_of(kind: type[_Choice], text: str, option: str) -> _Choice:
 def _known(name: str) -> str:
     known = {*POOL_OPTIONS, *(option for driver in DRIVERS for option in driver.options)}
     bare = name.strip().removeprefix("hpmapper.")
+    bare = _DOCKERS_NAMES.get(bare, bare)
     bare = bare.lower() if bare.lower().startswith("dm.") else bare  # as Docker's devicemapper driver took it
     if bare not in known:
         raise InvalidArgument(f"there is no storage option {name!r}", hint=nearest(bare, known))

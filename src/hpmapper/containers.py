@@ -30,7 +30,7 @@ class Containers:
     def create(self, image: str, name: str | None = None, *, size: int | None = None) -> ContainerRow:
         """Make a container of an image (see `Images.find`); without a name it gets a random one.
 
-        It may keep `size` bytes; None: without limit.
+        It may keep `size` bytes; None: the driver's default, mostly without limit.
 
         Raises:
             AlreadyExists: the name is taken. NotFound: there is no such image. NoSpace: the pool is too full.
@@ -42,7 +42,7 @@ class Containers:
             self._engine.prepare(
                 f"container-{name}",
                 self._images.top(row),
-                size=size,
+                size=size or self._engine.driver.capabilities.default_size,
                 also=lambda transaction, snapshot: meta.add_container(transaction, name, snapshot, row.id),
                 undo=lambda transaction, _: meta.forget_container(transaction, name),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from hpmapper.check import check
+from hpmapper.cli.main import cli
 from hpmapper.config import Config
 from hpmapper.containers import Containers
-from hpmapper.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, NoSpace
+from hpmapper.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, NoSpace, Unsupported
 from hpmapper.image.opening import SourceOptions
 from hpmapper.images import Images
 from hpmapper.kernel import mount, sync
@@ -252,6 +255,67 @@ def test_large_files_keep_what_they_share(tmp_path: Path) -> None:
     finally:
         for config in (source, target):
             remove_root(config, force=True)
+
+
+def _cli(*words: str | Path, status: int = 0) -> str:
+    done = CliRunner().invoke(cli, [*map(str, words)])
+    assert done.exit_code == status, (words, done.output)
+    return done.output
+
+
+def test_the_command(small: Config, tmp_path: Path) -> None:
+    """The configured root is one end, as the options leave it; the other one's options are named."""
+    root, new, third = small.root, tmp_path / "new", tmp_path / "third"
+    free = ("--storage-opt", "min_free_space=0")
+    wanted = ("--to", "hpmapper", "--to-root", new, "--to-opt", "pool.size=400M", "--to-opt", "min_free_space=0")
+    facts = json.loads(_cli("--root", root, *free, "--json", "migrate", *wanted))
+    assert facts == {
+        "source": str(root),
+        "target": str(new),
+        "images": 1,
+        "containers": 1,
+        "snapshots": 2,
+        "new": 3,
+        "source_removed": False,
+    }
+    text = _cli(
+        "--root", third, "--storage-driver", "vfs", *free, "migrate", "--from-root", new, "--remove-source", "-q"
+    )
+    assert text == f"1 images, 1 containers and 2 snapshots are in {third}, verified; the source is removed\n"
+    assert not new.exists()
+    assert "one" in _cli("--root", third, "container", "ls")
+    _cli("--root", root, "migrate", status=2)
+    _cli("--root", root, "migrate", "--to-root", third, "--to", "nothing", status=2)
+    _cli("--root", root, "migrate", "--from", "vfs", "--to-root", third, status=5)
+    _cli("--root", tmp_path / "none", "migrate", "--to-root", third, status=3)
+    _cli("--root", root, "migrate", "--from", "docker-devicemapper", "--remove-source", status=2)
+    _cli("--root", third, "pool", "rm", "--force")
+
+
+def test_limits_move_or_are_dropped(tmp_path: Path) -> None:
+    source, target = migration.config(tmp_path, "hpmapper", "source"), migration.config(tmp_path, "vfs", "target")
+    source = source.with_options(["pool.fs=btrfs", "pool.size=512M"])
+    third = migration.config(tmp_path, "btrfs", "third")
+    scenario.write_layouts(tmp_path / "layouts")
+    try:
+        with open_root(source) as opened:
+            images = Images(opened.engine)
+            images.bring(str(tmp_path / "layouts/base"), SourceOptions(spool=tmp_path), ["base"], scenario.Silent())
+            Containers(opened.engine).create("base", "one", size=migration.LIMIT)
+        migrate(source, third)
+        with open_root(third) as opened:
+            containers = Containers(opened.engine)
+            assert containers.limit(containers.get("one")) == migration.LIMIT
+        with pytest.raises(Unsupported, match="container 'one' has a size limit"):
+            migrate(source, target)
+        migrate(source, target, limits=False)
+        with open_root(target) as opened:
+            containers = Containers(opened.engine)
+            assert containers.limit(containers.get("one")) is None
+    finally:
+        for config in (source, target, third):
+            if (config.root / DATABASE).exists():
+                remove_root(config, force=True)
 
 
 def test_killed_anywhere_and_resumed(

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpmapper.errors import InvalidArgument
-from hpmapper.layer.build import IMPLIED_ROOT
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
+from hpmapper.layer.marks import IMPLIED_ROOT
 from hpmapper.layer.merge import merge
 from hpmapper.layer.merged import Merged
 from hpmapper.tree import Inode, directory, walk, whiteout

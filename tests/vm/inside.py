@@ -23,7 +23,7 @@ MODULES = {
     "lvm": ("dm_mod", "dm_thin_pool", "loop", "xfs", "virtio_blk"),
     "quota": ("xfs", "loop", "overlay", "erofs", "quota_v2"),
     "overlay": ("xfs", "loop", "overlay", "erofs"),
-    "docker": ("dm_mod", "dm_thin_pool", "loop", "xfs", "overlay"),
+    "docker": ("dm_mod", "dm_thin_pool", "dm_snapshot", "loop", "xfs", "overlay"),
 }
 """What each feature of `@pytest.mark.guest(FEATURE)` needs loaded."""
 

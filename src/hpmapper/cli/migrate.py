@@ -38,9 +38,8 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--to", "to_driver", metavar="DRIVER", help="The target's driver [the first that works here].")
 @click.option("--to-root", type=_DIRECTORY, metavar="DIR", help="The target; made if it is not there [the root].")
 @click.option("--to-opt", multiple=True, metavar="NAME=VALUE", help="Storage options of the target; repeatable.")
-@click.option(
-    "--remove-source", "remove", is_flag=True, help="Remove the source once all of it is verified in the target."
-)
+@click.option("--without-limits", is_flag=True, help="Drop the size limits of containers.")
+@click.option("--remove-source", "remove", is_flag=True, help="Remove the source once all is verified.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @json_option
 @pass_state

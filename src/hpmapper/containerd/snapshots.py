@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from hpmapper.containerd import filters
 from hpmapper.containerd.api import snapshots_pb2 as api
 from hpmapper.drivers.base import MountSpec
 from hpmapper.errors import InvalidArgument
-from hpmapper.forest import Forest, Info, Labels
+from hpmapper.forest import MAX_SIZE_LABEL, TARGET_LABEL, Forest, Info, Labels
 from hpmapper.model import Kind
 from hpmapper.rpc.server import After, Call, Later, Method
 
@@ -58,10 +58,17 @@ class SnapshotService:
 
     def _prepare(self, call: Call) -> After:
         request = parsed(api.PrepareSnapshotRequest, call)
-        made = self._forest.prepare(request.key, request.parent, request.labels)
+        made = self._forest.prepare(
+            request.key, request.parent, request.labels, size=self._default_size(request.labels)
+        )
         return After(
             lambda: [_mounts(api.PrepareSnapshotResponse(), self._forest.first_mounts(made))], self._slow_to_make
         )
+
+    def _default_size(self, labels: Mapping[str, str]) -> int | None:
+        """The limit of a container; what is unpacked has none, nor has what brings its own."""
+        is_containers = TARGET_LABEL not in labels and MAX_SIZE_LABEL not in labels
+        return self._forest.engine.driver.capabilities.default_size if is_containers else None
 
     def _view(self, call: Call) -> After:
         request = parsed(api.ViewSnapshotRequest, call)

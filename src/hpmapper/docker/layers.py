@@ -53,8 +53,10 @@ class Layers:
 
     # Making and removing.
 
-    def create(self, layer: str, parent: str, options: Mapping[str, str], mount_label: str) -> None:
-        """Make a layer on top of `parent` ("": of nothing).
+    def create(
+        self, layer: str, parent: str, options: Mapping[str, str], mount_label: str, *, writable: bool = False
+    ) -> None:
+        """Make a layer on top of `parent` ("": of nothing); `writable`: a container's, which has a default limit.
 
         Raises:
             AlreadyExists: the id is taken. NotFound: there is no such parent.
@@ -68,7 +70,8 @@ class Layers:
                 f"layer {layer}: --storage-opt {min(unknown)} is not supported by the plugin",
                 hint="leave it out; size is supported where the file system can limit it",
             )
-        size = parse_size(options["size"]) if "size" in options else None
+        default = self._engine.driver.capabilities.default_size if writable else None
+        size = parse_size(options["size"]) if "size" in options else default
         if mount_label:
             raise Unsupported(
                 f"layer {layer}: SELinux mount labels are not supported by the plugin",

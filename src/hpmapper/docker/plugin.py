@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,7 +87,7 @@ class Plugin:
             # Every layer's tar can be made again byte for byte: Docker need not keep what it would take to do so.
             "/GraphDriver.Capabilities": lambda _: _told(Capabilities={"ReproducesExactDiffs": True}),
             "/GraphDriver.Create": self._create,
-            "/GraphDriver.CreateReadWrite": self._create,
+            "/GraphDriver.CreateReadWrite": partial(self._create, writable=True),
             "/GraphDriver.Remove": self._remove,
             "/GraphDriver.Get": self._get,
             "/GraphDriver.Put": self._put,
@@ -146,9 +147,9 @@ class Plugin:
             raise Unsupported("userns-remap is not supported by the plugin", hint="take it out of daemon.json")
         return _told()
 
-    def _create(self, request: Request) -> Response:
+    def _create(self, request: Request, *, writable: bool = False) -> Response:
         asked = _layer(request)
-        self._layers.create(asked.ID, asked.Parent, asked.StorageOpt or {}, asked.MountLabel)
+        self._layers.create(asked.ID, asked.Parent, asked.StorageOpt or {}, asked.MountLabel, writable=writable)
         return _told()
 
     def _remove(self, request: Request) -> Response:

@@ -81,6 +81,8 @@ class Capabilities:
         keeps_links: a file of the image that has several names stays one when it is written to; otherwise the name by
             which it is written to becomes a file of its own.
         size_limits: what a snapshot keeps can be limited; found out by `attach`, as it depends on the file system.
+        default_size: how many bytes a container may keep for which nobody says; None: without limit. The engine's
+            users pass it to `prepare`; what is unpacked into a snapshot is not a container's.
     """
 
     shares_layers: bool
@@ -94,6 +96,7 @@ class Capabilities:
     renames_directories: bool = True
     keeps_links: bool = True
     size_limits: bool = False
+    default_size: int | None = None
 
 
 class Fresh(NamedTuple):

@@ -23,9 +23,9 @@ from hpmapper.files import Pieces, Segments, write_file
 from hpmapper.kernel import sync
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
-from hpmapper.layer.build import IMPLIED_ROOT, Below, LayerBuilder
+from hpmapper.layer.build import Below, LayerBuilder
+from hpmapper.layer.marks import ESCAPED, IMPLIED_ROOT, OPAQUE, OVERLAY
 from hpmapper.layer.recipe import RecipeWriter, replay
-from hpmapper.layer.scan import ESCAPED, OPAQUE, OVERLAY
 from hpmapper.layer.stream import Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId
 from hpmapper.store.workspace import discard, remove_tree

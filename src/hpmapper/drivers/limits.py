@@ -103,6 +103,23 @@ def require_in_force(limits: Limits, top: Path | str) -> None:
         )
 
 
+def require_default(limits: Limits, option: str, size: int | None) -> None:
+    """Refuse a default limit where there are none, when the driver is attached rather than at each container.
+
+    Raises:
+        Unsupported, InvalidArgument: as `Limits.check`.
+    """
+    if size is None:
+        return
+    try:
+        limits.check(size)
+    except Unsupported as error:
+        raise Unsupported(
+            f"Storage option {option} not supported. Filesystem does not support Project Quota: {error.message}",
+            hint=error.hint,
+        ) from None
+
+
 def limit_of(top: Path | str) -> int | None:
     """The size that a directory was limited to, in bytes; None: without limit."""
     mark = f"{top}/{_MARK}"

@@ -9,6 +9,7 @@ same file in two layers twice.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,15 +17,38 @@ from typing import BinaryIO
 
 from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, bind_spec
-from hpmapper.drivers.limits import require_in_force
+from hpmapper.drivers.limits import require_default, require_in_force
 from hpmapper.drivers.upper import Stack, UpperDriver
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below
+from hpmapper.layer.marks import USERXATTR
 from hpmapper.layer.merged import Later, Merged
 from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Expected
 from hpmapper.model import SnapshotId
 from hpmapper.store.objects import IsObject
+
+_LONGEST_OPTIONS = 4095
+"""Bytes: mount(2) takes a page of options. What needs more is mounted here, and handed out as a bind."""
+
+_PARAMETERS = Path("/sys/module/overlay/parameters")
+
+
+def _not_by_default() -> list[str]:
+    """Options against what this kernel does if nothing is said (CONFIG_OVERLAY_FS_METACOPY, …_REDIRECT_DIR, or root).
+
+    With either, an upper is no layer that anybody can read (design trap 2). Where it is off anyway nothing is said:
+    some engines refuse options that they do not know.
+    """
+    wanted = {"metacopy": "off", "redirect_dir": "nofollow"}
+    return [f"{name}={value}" for name, value in wanted.items() if _is_on(_PARAMETERS / name)]
+
+
+def _is_on(parameter: Path) -> bool:
+    try:
+        return parameter.read_text(encoding="ascii").strip() in ("Y", "1", "on")
+    except FileNotFoundError:
+        return False  # older than the feature, or not loaded yet and so at its default
 
 
 class OverlayDriver(directory.DirectoryLayers, UpperDriver):
@@ -43,12 +67,18 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         keeps_links=False,
     )
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, default_size: int | None = None) -> None:
+        """`default_size`: Docker's overlay2.size, how many bytes each container may keep for which nobody says."""
         super().__init__(home)
+        self._default_size = default_size
+        self._handed = ["index=off"]
         self._trees: dict[SnapshotId, str] = {}  # where layers are, which never changes
 
     def attach(self) -> None:
         self._make_home()
+        require_default(self._limits, "overlay2.size", self._default_size)
+        self.capabilities = dataclasses.replace(self.capabilities, default_size=self._default_size)
+        self._handed = ["index=off", *USERXATTR, *_not_by_default()]
 
     def detach(self) -> None:
         if self.home.exists():
@@ -85,9 +115,13 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         if not lowers:
             return bind_spec(Path(f"{top}/u"), read_only=read_only)
         if read_only:
-            return MountSpec("overlay", "overlay", ["index=off", f"lowerdir={':'.join([f'{top}/u', *lowers])}"])
-        layers = [f"workdir={top}/w", f"upperdir={top}/u", f"lowerdir={':'.join(lowers)}"]
-        return MountSpec("overlay", "overlay", ["index=off", *layers])
+            options = [*self._handed, f"lowerdir={':'.join([f'{top}/u', *lowers])}"]
+        else:
+            layers = [f"workdir={top}/w", f"upperdir={top}/u", f"lowerdir={':'.join(lowers)}"]
+            options = [*self._handed, *layers]
+        if len(",".join(options)) > _LONGEST_OPTIONS:
+            return super().handout(snapshot, chain, read_only=read_only)
+        return MountSpec("overlay", "overlay", options)
 
     def layer_files(self, layer: SnapshotId) -> Path:
         """The layer's directory (`hpmapper.cache.places`)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from hpmapper.drivers import devicemapper
 from hpmapper.drivers.base import Driver, Verdict
 from hpmapper.drivers.btrfs import BtrfsDriver
+from hpmapper.drivers.devicemapper.units import parse_bool
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.drivers.vfs import VfsDriver
@@ -47,6 +48,16 @@ class Registered:
     destroy: Callable[[Driver], None] = lambda driver: None
 
 
+def _overlay(root: Path, options: Mapping[str, str]) -> OverlayDriver:
+    # Docker's check of the kernel's version, and so its option against it, went with 20.10: here the kernel is tried.
+    parse_bool(options.get("overlay2.override_kernel_check", "false"))
+    return OverlayDriver(root / "overlay", _size(options, "overlay2.size"))
+
+
+def _size(options: Mapping[str, str], name: str) -> int | None:
+    return parse_size(options[name]) if name in options else None
+
+
 DRIVERS = (
     Registered(
         "hpmapper",
@@ -61,8 +72,9 @@ DRIVERS = (
     ),
     Registered(
         "overlay",
-        lambda root, pool, options: OverlayDriver(root / "overlay"),
-        needs=(("mounting",), ("overlay",), ("d_type",), ("trusted-xattr",)),
+        lambda root, pool, options: _overlay(root, options),
+        needs=(("mounting",), ("overlay",), ("d_type",), ("trusted-xattr", "overlay-userxattr")),
+        options=("overlay2.size", "overlay2.override_kernel_check"),
     ),
     Registered(
         "btrfs",
@@ -85,7 +97,12 @@ DRIVERS = (
         automatic=False,  # its pool is the operator's to think about
         destroy=devicemapper.destroy,
     ),
-    Registered("vfs", lambda root, pool, options: VfsDriver(root / "vfs"), needs=()),
+    Registered(
+        "vfs",
+        lambda root, pool, options: VfsDriver(root / "vfs", _size(options, "vfs.size")),
+        needs=(),
+        options=("vfs.size",),
+    ),
 )
 """In the order in which they are preferred."""
 

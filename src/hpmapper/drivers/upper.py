@@ -25,15 +25,16 @@ from hpmapper.drivers.limits import Limits, limit_of, limits_of, require_in_forc
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import fiemap, lock, mount, mountinfo, sync
 from hpmapper.kernel.idmap import IdMapping, IdRange, mapped_tree, user_namespace
-from hpmapper.layer.build import IMPLIED_ROOT, Below
+from hpmapper.layer.build import Below
 from hpmapper.layer.compare import drop_untouched
 from hpmapper.layer.diff import changes, write_tar
-from hpmapper.layer.scan import METACOPY, scan
+from hpmapper.layer.marks import ESCAPED, IMPLIED_ROOT, METACOPY, OVERLAY, USERXATTR
+from hpmapper.layer.scan import scan
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.store.workspace import discard
 from hpmapper.tree import Inode
 
-PORTABLE = {"index": "off", "metacopy": "off", "redirect_dir": "nofollow"}
+PORTABLE = {"index": "off", "metacopy": "off", "redirect_dir": "nofollow", **USERXATTR}
 """Uppers that any reader of directories understands: no metadata-only copies, no redirects (design trap 2)."""
 
 METADATA_COPIES = {"index": "off", "metacopy": "on", "redirect_dir": "on"}
@@ -342,7 +343,7 @@ def _copy_root_attributes(upper: str, lowers: Sequence[str]) -> None:
     os.chmod(upper, stat.S_IMODE(status.st_mode))
     for name in os.listxattr(source):
         # What the image escaped stays so in the upper: it is a layer as well.
-        if name.startswith("trusted.overlay.overlay.") or not name.startswith("trusted.overlay."):
+        if os.fsencode(name).startswith(ESCAPED) or not os.fsencode(name).startswith(OVERLAY):
             os.setxattr(upper, name, os.getxattr(source, name))
     os.utime(upper, ns=(status.st_mtime_ns, status.st_mtime_ns))
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from hpmapper import faults
 from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, Stored, bind_spec
-from hpmapper.drivers.limits import limit_of, limits_of, require_in_force
+from hpmapper.drivers.limits import limit_of, limits_of, require_default, require_in_force
 from hpmapper.drivers.upper import disk_usage, numbers
 from hpmapper.kernel import sync
 from hpmapper.kernel.idmap import IdMapping
@@ -49,8 +49,10 @@ class VfsDriver(directory.DirectoryLayers):
         mounts=False,
     )
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, default_size: int | None = None) -> None:
+        """`default_size`: Docker's option size, how many bytes each container may keep for which nobody says."""
         self.home = home
+        self._default_size = default_size
         self.scratch = home / "t"
 
     def _snapshot(self, snapshot: SnapshotId) -> Path:
@@ -60,7 +62,10 @@ class VfsDriver(directory.DirectoryLayers):
         for name in ("a", "l", "t"):
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         self._limits = limits_of(self.home)
-        self.capabilities = dataclasses.replace(self.capabilities, size_limits=self._limits.available)
+        require_default(self._limits, "size", self._default_size)
+        self.capabilities = dataclasses.replace(
+            self.capabilities, size_limits=self._limits.available, default_size=self._default_size
+        )
 
     def detach(self) -> None:
         """Nothing is attached."""

@@ -31,6 +31,11 @@ class IdMapping(NamedTuple):
     gids: Sequence[IdRange]
 
 
+def in_user_namespace() -> bool:
+    """Whether this process is not in the first user namespace, or in one like it."""
+    return Path("/proc/self/uid_map").read_bytes().split() != [b"0", b"0", b"4294967295"]
+
+
 @contextmanager
 def mapped_tree(path: AnyPath, namespace: int) -> Iterator[int]:
     """A detached copy of the mount that holds `path`, from there on, under a user namespace's mapping; its fd.

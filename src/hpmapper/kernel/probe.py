@@ -254,6 +254,18 @@ def _overlay(scratch: Path) -> str:
     return f"upper and work directory on {fs.filesystem_name(scratch)}"
 
 
+def _overlay_userxattr(scratch: Path) -> str:
+    lower, upper, work, merged = _subdirectories(scratch, "lower", "upper", "work", "merged")
+    for layer in (lower, upper):
+        (layer / "directory").mkdir()
+    (lower / "directory/file").touch()
+    os.setxattr(upper / "directory", "user.overlay.opaque", b"y")
+    mount.overlay(merged, lowers=[lower], upper=upper, work=work, options={"userxattr": None})
+    if os.listdir(merged / "directory"):
+        raise _Missing("an opaque directory is not taken for one")
+    return "user.overlay.opaque was heeded"
+
+
 def _layers_by(form: mount.LayerForm) -> Callable[[Path], str]:
     def attempt(scratch: Path) -> str:
         place = _memory(scratch)
@@ -402,6 +414,14 @@ PROBES: tuple[_Probe, ...] = (
         "the overlay driver with its directories here",
         "a file system of the host's, such as XFS, btrfs or ext4; not overlay or NFS",
         _overlay,
+        module="overlay",
+        by_place=True,
+    ),
+    _Probe(
+        "overlay-userxattr",
+        "the overlay driver in a user namespace",
+        "Linux 5.11 or newer",
+        _overlay_userxattr,
         module="overlay",
         by_place=True,
     ),

@@ -14,6 +14,7 @@ from typing import BinaryIO, Protocol
 from hpmapper.errors import Corrupt, InvalidArgument
 from hpmapper.files import Pieces, Segments
 from hpmapper.layer.acl import XFS_NAMES
+from hpmapper.layer.marks import IMPLIED_ROOT
 from hpmapper.layer.recipe import RecipeWriter
 from hpmapper.layer.stream import LayerStream
 from hpmapper.layer.tar import BLOCK, Entry, read_entries
@@ -33,9 +34,6 @@ MAX_ID = 2**32 - 2
 MAX_SECONDS = 2**63 - 1  # time_t
 MAX_SYMLINKS = 40  # as the kernel's path walk (MAXSYMLINKS)
 _FILE_TYPES = {b"3": stat.S_IFCHR, b"4": stat.S_IFBLK, b"6": stat.S_IFIFO}
-
-IMPLIED_ROOT = b"trusted.hpmapper.implied"
-"""Marks a root directory that the tar does not mention, whose attributes are therefore those of the layer below."""
 
 
 class FileSink(Protocol):

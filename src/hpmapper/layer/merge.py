@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import BinaryIO
 
-from hpmapper.layer.build import IMPLIED_ROOT
+from hpmapper.layer.marks import IMPLIED_ROOT
 from hpmapper.tree import Inode, directory
 
 

@@ -1,6 +1,6 @@
 """From a directory on disk to a tree: a container's upper directory, a layer's, or a plain root file system.
 
-An overlay directory speaks overlayfs: 0/0 devices delete, `trusted.overlay.*` attributes are its own. (Kernel:
+An overlay directory speaks overlayfs: 0/0 devices delete, attributes of certain names are its own (`marks`). (Kernel:
 Documentation/filesystems/overlayfs.rst.) A plain one says what it is.
 """
 
@@ -14,13 +14,8 @@ from typing import BinaryIO
 
 from hpmapper.errors import InvalidArgument
 from hpmapper.layer.acl import XFS_NAMES
+from hpmapper.layer.marks import ESCAPED, OPAQUE, OVERLAY, REDIRECT
 from hpmapper.tree import Inode, Xattrs
-
-OVERLAY = b"trusted.overlay."
-ESCAPED = b"trusted.overlay.overlay."
-OPAQUE = b"trusted.overlay.opaque"
-METACOPY = b"trusted.overlay.metacopy"
-REDIRECT = b"trusted.overlay.redirect"
 
 _PIECE = 1 << 20
 _Links = dict[tuple[int, int], Inode]

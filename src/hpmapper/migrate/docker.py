@@ -83,9 +83,8 @@ class DockerDevicemapper:
         layers: dict[str, SnapshotItem] = {}
         for image in images:
             self._chain(oci.decode_config(image.config, f"image {image.id}").diff_ids, layers, image)
-        sizes = {key: item.layer.size for key, item in layers.items() if item.layer}
         containers = list(self._containers(layers, {image.id: image for image in images}))
-        return Contents([*layers.values(), *containers], [_sized(image, layers, sizes) for image in images])
+        return Contents([*layers.values(), *containers], images)
 
     # Images.
 
@@ -101,7 +100,7 @@ class DockerDevicemapper:
             decoded = oci.decode_config(config, f"image {image}")
             diff_ids = decoded.diff_ids
             top = _chain_ids(diff_ids)[-1] if diff_ids else None
-            yield ImageItem(image, config, top, 0, file.stat().st_mtime_ns, tuple(sorted(names.get(image, ()))))
+            yield ImageItem(image, config, top, file.stat().st_mtime_ns, tuple(sorted(names.get(image, ()))))
 
     def _names(self) -> Mapping[str, set[str]]:
         file = self._image / "repositories.json"
@@ -281,14 +280,6 @@ def _chain_ids(diff_ids: Iterable[str]) -> list[str]:
     for diff_id in diff_ids:
         found.append(chain_id(found[-1] if found else None, diff_id))
     return found
-
-
-def _sized(image: ImageItem, layers: Mapping[str, SnapshotItem], sizes: Mapping[str, int]) -> ImageItem:
-    total, at = 0, image.top
-    while at is not None:
-        total += sizes[at]
-        at = layers[at].parent
-    return ImageItem(image.id, image.config, image.top, total, image.created, image.names)
 
 
 def _read(file: Path) -> bytes:

@@ -218,10 +218,10 @@ class Migration:
         top = self._placed[image.top] if image.top else None
         if top is not None:
             self._target.finish(top)
+        layers = snapshots.layers_below(self._db, top.id if top else None)
+        size = sum(snapshots.layer(self._db, layer).tar_size for layer in layers)
         with self._db.transaction() as transaction:
-            images.add_image(
-                transaction, image.id, image.config, top.id if top else None, image.size, created=image.created
-            )
+            images.add_image(transaction, image.id, image.config, top.id if top else None, size, image.created)
             for name in image.names:
                 images.tag(transaction, name, image.id)
         faults.point("migrate.image-recorded")

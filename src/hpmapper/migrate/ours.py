@@ -41,9 +41,7 @@ class Ours:
         for row in images.images(self._db):
             profile = profiles.find(self._db, row.id)
             top = found[row.top].key if row.top is not None else None
-            items.append(
-                ImageItem(row.id, row.config, top, row.size, row.created, row.names, profile[0] if profile else b"")
-            )
+            items.append(ImageItem(row.id, row.config, top, row.created, row.names, profile[0] if profile else b""))
         return items
 
     def _snapshot(

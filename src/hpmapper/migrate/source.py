@@ -13,7 +13,7 @@ from hpmapper.model import Kind
 
 @dataclass(frozen=True, slots=True)
 class LayerItem:
-    """A layer. `name`: for messages; `diff_id`: "" for one that never was a tar; `size`: of its tar, in bytes.
+    """A layer. `name`: for messages; `diff_id`: "" for one that never was a tar; `size`: of its tar in bytes, about.
 
     `open` gives the tar, made again; it need not be believed: its digest is compared with the DiffID.
     """
@@ -68,7 +68,6 @@ class ImageItem:
     id: str
     config: bytes
     top: str | None
-    size: int
     created: int
     names: tuple[str, ...]
     profile: bytes = b""

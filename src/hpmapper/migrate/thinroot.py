@@ -51,16 +51,13 @@ class ThinRoots:
         self._place = place
         self._prefix = prefix
         self._stack = ExitStack()
-        self._pool = place.active
+        self._pool = ""
         self._numbers = count()
 
     def __enter__(self) -> ThinRoots:
         try:
             self._clear()
-            if not self._pool:
-                self._pool = self._load()
-            else:
-                self._require_pool()
+            self._pool = self._found() if self._place.active else self._load()
         except BaseException:
             self._stack.close()
             raise
@@ -71,7 +68,7 @@ class ThinRoots:
 
     def _clear(self) -> None:
         """Remove what a process left that died before it could leave that to the kernel."""
-        left = sorted((name for name in dm.devices() if name.startswith(self._prefix)), reverse=True)
+        left = sorted((name for name in dm.devices() if name.startswith(f"{self._prefix}-")), reverse=True)
         deadline = time.monotonic() + _CLEARING_SECONDS
         while left:
             left = [name for name in left if not _removed(name)]
@@ -79,10 +76,13 @@ class ThinRoots:
                 raise FailedPrecondition(f"{left[0]} is in use: another process reads this pool")
             time.sleep(0.02 if left else 0)
 
-    def _require_pool(self) -> None:
-        if dm.find(self._pool) is None:
-            raise NotFound(f"there is no thin pool {self._pool}", hint="activate it; for LVM: vgchange -ay")
-        thin.pool_table(self._pool)
+    def _found(self) -> str:
+        """The number of a pool that is active, as tables have it."""
+        found = dm.find(self._place.active)
+        if found is None:
+            raise NotFound(f"there is no thin pool {self._place.active}", hint="activate it; for LVM: vgchange -ay")
+        thin.pool_table(self._place.active)
+        return found.dev
 
     def _load(self) -> str:
         data, meta = (self._device(path) for path in (self._place.data, self._place.metadata))
@@ -92,33 +92,28 @@ class ThinRoots:
             raise Corrupt(f"{self._place.metadata} tells blocks of no size")
         length = fs.device_size(data) // dm.SECTOR // block * block
         table = thin.PoolTable(length, str(meta), str(data), block, 0, ("skip_block_zeroing", "read_only"))
-        name = f"{self._prefix}-pool"
         try:
-            self._activate(name, table.target())
+            return self._held(f"{self._prefix}-pool", table.target(), self._stack)
         except OSError as error:
             raise Corrupt(
                 f"the thin pool on {self._place.data} cannot be read: {error.strerror}",
                 hint=f"thin_check {self._place.metadata}; the kernel's log has more",
             ) from error
-        return name
 
     def _device(self, path: Path) -> Path:
         if path.is_block_device():
             return path
         return self._stack.enter_context(loop.attached(path, read_only=True))
 
-    def _activate(self, name: str, target: dm.Target, *, stack: ExitStack | None = None) -> Path:
-        """A read-only device that goes with its last user, which for now is this process."""
-        device = dm.activate(name, [target], read_only=target.kind != "snapshot")
-        return self._held(device.name, stack or self._stack)
-
     @staticmethod
-    def _held(name: str, stack: ExitStack) -> Path:
+    def _held(name: str, target: dm.Target, stack: ExitStack) -> str:
+        """A read-only device that goes with its last user, for now `stack`; its number, as tables have it."""
+        device = dm.activate(name, [target], read_only=True)
         try:
             stack.enter_context(opened(dm.path(name)))
         finally:
             dm.remove(name, deferred=True)
-        return dm.path(name)
+        return device.dev
 
     @contextmanager
     def root(self, device: int, size: int, directory: str) -> Iterator[Path]:
@@ -139,36 +134,47 @@ class ThinRoots:
     @contextmanager
     def _mounted(self, device: int, size: int, stack: ExitStack) -> Iterator[Path]:
         name = f"{self._prefix}-{next(self._numbers)}"  # one that has just gone may still be there
+        sectors = size // dm.SECTOR
         try:
-            origin = self._activate(name, thin.thin_target(self._pool, device, size), stack=stack)
+            origin = self._held(name, dm.Target(0, sectors, "thin", f"{self._pool} {device}"), stack)
         except OSError as error:
             if error.errno in (errno.ENODATA, errno.EINVAL):
                 raise Corrupt(f"the pool has no thin device {device}") from error
             raise
-        path = self._writable(f"{name}-journal", origin, size, stack)
         with ExitStack() as mounted:
-            try:
-                kind = basefs.signature(path).kind
-                options = basefs.mount_options(kind, {})
-                detached = mount.detached(kind, path, options=options, attributes=MOUNT_ATTR_RDONLY)
-                top = mounted.enter_context(detached)
-            except (OSError, FailedPrecondition) as error:
-                raise Corrupt(f"the file system on thin device {device} cannot be mounted: {error}") from error
+            with self._writable(f"{name}-journal", origin, sectors, stack) as path:
+                top = mounted.enter_context(_mounted(path, device))
             stack.pop_all().close()  # the mount has the devices now
             yield top
 
-    def _writable(self, name: str, origin: Path, size: int, stack: ExitStack) -> Path:
-        """The device as one that can be written to; what is written is forgotten."""
+    @contextmanager
+    def _writable(self, name: str, origin: str, sectors: int, stack: ExitStack) -> Iterator[Path]:
+        """A device that can be written to; what is written is forgotten. It goes with its last user after this."""
         with tempfile.TemporaryFile(prefix="hpmapper-") as scratch:
             os.truncate(scratch.fileno(), _SCRATCH)
             cow = stack.enter_context(loop.attached(f"/proc/self/fd/{scratch.fileno()}"))
-            target = dm.Target(0, size // dm.SECTOR, "snapshot", f"{origin} {cow} N {_CHUNK}")
             try:
-                return self._activate(name, target, stack=stack)
+                dm.activate(name, [dm.Target(0, sectors, "snapshot", f"{origin} {cow} N {_CHUNK}")])
             except OSError as error:
                 raise Unsupported(
-                    f"a snapshot of {origin} cannot be made: {error.strerror}", hint="modprobe dm_snapshot"
+                    f"a snapshot to replay a journal in cannot be made: {error.strerror}", hint="modprobe dm_snapshot"
                 ) from error
+        try:
+            yield dm.path(name)
+        finally:
+            dm.remove(name, deferred=True)
+
+
+@contextmanager
+def _mounted(path: Path, device: int) -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            kind = basefs.signature(path).kind
+            options = basefs.mount_options(kind, {})
+            top = stack.enter_context(mount.detached(kind, path, options=options, attributes=MOUNT_ATTR_RDONLY))
+        except (OSError, FailedPrecondition) as error:
+            raise Corrupt(f"the file system on thin device {device} cannot be mounted: {error}") from error
+        yield top
 
 
 def _removed(name: str) -> bool:
