@@ -7,6 +7,7 @@ the fields of `docker info`, the layers of an image, a container's files after t
 from __future__ import annotations
 
 import io
+import stat
 import subprocess
 import tarfile
 import urllib.parse
@@ -112,7 +113,8 @@ def _facts(data: bytes) -> Facts:
             content = exported.extractfile(entry).read() if entry.isreg() else b""  # type: ignore[union-attr]
             # Of several names of one file each side writes another one first.
             kind = tarfile.REGTYPE if entry.islnk() else entry.type
-            found[name] = (kind, entry.mode, entry.uid, entry.gid, int(entry.mtime), entry.issym() and entry.linkname)
+            mode = stat.S_IMODE(entry.mode)  # Docker writes the type into it, too, now and then
+            found[name] = (kind, mode, entry.uid, entry.gid, int(entry.mtime), entry.issym() and entry.linkname)
             if entry.isreg() or entry.islnk():
                 target = exported.getmember(entry.linkname) if entry.islnk() else entry
                 found[name] += (exported.extractfile(target).read() if entry.islnk() else content,)  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -129,6 +130,14 @@ def test_errors_have_errno_and_name(disk: Path) -> None:
             dm.activate(name, [])
 
 
+def _wait_until_gone(name: str) -> None:
+    """A kernel thread removes what was deferred, soon after its last user has gone."""
+    deadline = time.monotonic() + 60
+    while dm.find(name) is not None:
+        assert time.monotonic() < deadline, f"{name} is still there"
+        time.sleep(0.01)
+
+
 def test_in_use_and_deferred(disk: Path) -> None:
     dm.activate(_DATA, [_linear(disk)])
     with dm.path(_DATA).open("rb"):
@@ -145,7 +154,7 @@ def test_in_use_and_deferred(disk: Path) -> None:
         assert found is not None
         assert not found.removing
         dm.remove(_DATA, deferred=True)
-    assert dm.find(_DATA) is None
+    _wait_until_gone(_DATA)
     dm.path(_DATA).unlink(missing_ok=True)
     assert dm.remove(_DATA, deferred=True) is True
 
