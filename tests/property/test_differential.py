@@ -26,31 +26,17 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from hpmapper.check import check
-from hpmapper.config import Config
-from hpmapper.drivers import registry
 from hpmapper.forest import Forest
-from hpmapper.kernel import mount
 from hpmapper.layer.stream import Expected
-from hpmapper.pool.base import GIB, PoolFs
-from hpmapper.root import open_root, remove_root
 from hpmapper.store.workspace import remove_tree
 from hpmapper.testing.contract import Subject
 from hpmapper.testing.trees import Facts, assert_same, read_tree
-from tests.filesystems import mounted
+from tests import drivers
 from tests.operations import Operation, Step, apply_layer, planned, split_off, steps
 from tests.vm.plugin import INSIDE
 
 EXAMPLES = int(os.environ.get("HPMAPPER_EXAMPLES", "60")) // (10 if INSIDE else 3)
 """How many sequences are tried; in an emulated guest fewer."""
-
-GUEST = {"devicemapper": "dm"}
-"""Drivers that want another kernel, and the guest's feature that has it."""
-
-OPTIONS = {
-    "hpmapper": ["pool.kind=directory"],
-    "btrfs": ["pool.size=600M"],
-    "devicemapper": ["dm.basesize=512M", "dm.loopdatasize=1G", "dm.loopmetadatasize=64M"],
-}
 
 WAYS = ("written", "read later", "applied")
 """How a layer is committed."""
@@ -68,33 +54,13 @@ layers = st.lists(
 )
 
 
-def _parameter(registered: registry.Registered) -> object:
-    feature = GUEST.get(registered.name)
-    return pytest.param(registered, id=registered.name, marks=[pytest.mark.guest(feature)] if feature else [])
-
-
-@pytest.fixture(scope="module", params=[_parameter(registered) for registered in registry.DRIVERS])
+@pytest.fixture(scope="module", params=drivers.parameters())
 def subject(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, private_mounts: None
 ) -> Iterator[Subject]:
-    """Each driver there is, on a root with nothing in it; in memory, for no layer then waits for a disk."""
-    registered: registry.Registered = request.param
-    memory = tmp_path_factory.mktemp(registered.name)
-    mount.filesystem("tmpfs", "none", memory)
-    directory = mounted(PoolFs.XFS, memory, 4 * GIB)
-    config = Config(root=directory / "root", driver=registered.name)
-    config = config.with_options([*OPTIONS.get(registered.name, []), "min_free_space=0"])
-    try:
-        verdict = registry.probe(registered, directory, config.pool(registered))
-        if not verdict.works:
-            pytest.skip(f"the {registered.name} driver does not work here: {verdict.why}")
-        with open_root(config) as opened:
-            yield Subject(opened.engine, directory)
-            opened.engine.detach()
-        remove_root(config, force=True)
-    finally:
-        for one in mount.mounts_below(memory):
-            mount.umount(one.target, lazy=True)
+    """Each driver there is, on a root with nothing in it."""
+    with drivers.subject_of(request.param, tmp_path_factory.mktemp("driver")) as made:
+        yield made
 
 
 @pytest.mark.kernel
