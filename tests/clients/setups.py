@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hpmapper.bench import gobuild
 from hpmapper.store import workspace
@@ -50,15 +51,18 @@ class Case:
         return f"{self.release}-{self.setup}"
 
 
+Kind = TypeVar("Kind", bound=Containerd)
+
+
 @contextmanager
-def running(case: Case, pool: Path) -> Iterator[Containerd]:
-    """A machine with containerd and a snapshotter at work, its data in `pool`."""
+def running(case: Case, pool: Path, kind: type[Kind]) -> Iterator[Kind]:
+    """A machine with containerd, as `kind` starts it, and a snapshotter at work, its data in `pool`."""
     data = pool / str(case)
     data.mkdir()
     shutil.copy2(gobuild.build_tools(gobuild.cache()).snapserver, data / "snapserver")
     tree = trees.made(case.release)
     with control_groups(), Machine(tree, data, trees.python_packages(tree)) as machine:
-        containerd = Containerd(machine, SETUPS[case.setup])
+        containerd = kind(machine, SETUPS[case.setup])
         containerd.start()
         yield containerd
         containerd.stop()

@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def shared(request: pytest.FixtureRequest, pool: Path) -> Iterator[Containerd]:
-    with running(request.param, pool) as containerd:
+    with running(request.param, pool, Containerd) as containerd:
         yield containerd
 
 
