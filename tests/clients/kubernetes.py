@@ -52,9 +52,10 @@ class Node(Containerd):
 
     cri: Cri
 
-    def configure(self) -> None:
+    def configure(self, *, discards: bool = False) -> None:
+        """Write containerd's configuration; `discards`: it does not keep the layers that have been unpacked."""
         self._network()
-        self._write(CONFIG, _operators(self.machine.run("containerd", "config", "default")))
+        self._write(CONFIG, _operators(self.machine.run("containerd", "config", "default"), discards))
         differ = [] if self.setup.fast else ["--no-differ"]
         words = ["--file", CONFIG, "--address", SNAPSHOTTER_SOCKET, "--apply", *differ]
         self.machine.run(*_HPMAPPER, "config", "containerd", *words)
@@ -174,7 +175,7 @@ class PodContainer:
         return layer.used_bytes.value, layer.inodes_used.value
 
 
-def _operators(default: str) -> str:
+def _operators(default: str, discards: bool) -> str:
     """containerd's own default configuration with what the operator of a node has in it."""
     content = tomlkit.parse(default)
     content["root"] = "/data/containerd"
@@ -182,8 +183,10 @@ def _operators(default: str) -> str:
     if content["version"] == 2:
         images = plugins["io.containerd.grpc.v1.cri"]
         images["sandbox_image"] = PAUSE
+        images["containerd"]["discard_unpacked_layers"] = discards
     else:
         images = plugins["io.containerd.cri.v1.images"]
+        images["discard_unpacked_layers"] = discards
         images["pinned_images"]["sandbox"] = PAUSE
     images["stats_collect_period"] = STATS_SECONDS
     return tomlkit.dumps(content)

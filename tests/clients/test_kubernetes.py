@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from hpmapper.bench.images import layer_blobs
 from tests.clients import images
 from tests.clients.containerd import NAMESPACE, ROOT
 from tests.clients.kubernetes import KUBERNETES, PAUSE, Node, Pod
@@ -52,6 +53,7 @@ def node(shared: Node) -> Iterator[Node]:
     shared.remove_pods()
     shared.remove_all_images()
     assert shared.snapshots(shared.setup.name, KUBERNETES) == []
+    assert _content(shared) == set()
     assert_reclaimed(shared, before)
 
 
@@ -240,3 +242,21 @@ def test_an_image_that_is_collected_while_a_container_has_it(node: Node, image: 
         node.cri("RemoveImage", image={"image": image})
         assert container.execute("cat /data/dir/b") == "again\n"
         container.execute("echo more >>/data/large")
+
+
+def test_layers_that_are_not_kept_once_they_are_unpacked(node: Node, demo: Path) -> None:
+    """With discard_unpacked_layers; containerd 2.1 then pulls without its transfer service, by another way to us."""
+    reference = node.push(demo, "demo", NAMESPACE)
+    layers = {f"sha256:{blob.name}" for blob in layer_blobs(demo)}
+    node.configure(discards=True)
+    node.restart_daemon()
+    image = node.pull_image(reference)
+    node.machine.wait(node.daemon, lambda: not layers & _content(node))
+    with node.pod("discarded") as pod:
+        assert pod.run("one", image).execute("cat /data/dir/b") == "again\n"
+    node.configure()
+    node.restart_daemon()
+
+
+def _content(node: Node) -> set[str]:
+    return set(node.ctr("content", "ls", "--quiet", namespace=KUBERNETES).split())
