@@ -22,7 +22,9 @@ SOCKET = "/run/containerd/containerd.sock"
 ROOT = "/data/snapshotter"
 """Where the snapshotter under test keeps its things, in the machine."""
 
-_SNAPSHOTTER_SOCKET = "/run/snapshotter.sock"
+CONFIG = "/data/containerd.toml"
+
+SNAPSHOTTER_SOCKET = "/run/snapshotter.sock"
 
 _CONFIG = """\
 version = {version}
@@ -93,9 +95,9 @@ def config(setup: Setup, version: int) -> str:
     disabled = ", ".join(f'"{name}"' for name in _DISABLED)
     text = _CONFIG.format(version=3 if version > 1 else 2, disabled=disabled, socket=SOCKET)
     if setup.command:
-        text += _PROXY.format(name=setup.name, socket=_SNAPSHOTTER_SOCKET)
+        text += _PROXY.format(name=setup.name, socket=SNAPSHOTTER_SOCKET)
     if setup.fast:
-        text += _PROXY_DIFFER.format(name=setup.differ, socket=_SNAPSHOTTER_SOCKET)
+        text += _PROXY_DIFFER.format(name=setup.differ, socket=SNAPSHOTTER_SOCKET)
     if setup.differ != "walking":
         text += _DIFFER.format(name=setup.differ)
     if version > 1:  # the transfer service unpacks for snapshotters that it is told of, and no others
@@ -120,19 +122,27 @@ class Containerd:
 
     def start(self) -> None:
         self.start_server()
-        self._write("/data/containerd.toml", config(self.setup, self.version))
-        self.daemon = self.machine.start("containerd", "containerd", "--config", "/data/containerd.toml")
-        self.machine.wait(self.daemon, lambda: self.ctr("version"))
+        self.configure()
+        self.start_daemon()
         registry.start(self.machine)
+
+    def configure(self) -> None:
+        """Write containerd's configuration."""
+        self._write(CONFIG, config(self.setup, self.version))
+
+    def start_daemon(self) -> None:
+        """Start containerd itself, and wait until it answers."""
+        self.daemon = self.machine.start("containerd", "containerd", "--config", CONFIG)
+        self.machine.wait(self.daemon, lambda: self.ctr("version"))
 
     def start_server(self) -> None:
         """Start the server of the snapshotter, if it is a proxy."""
         if not self.setup.command:
             return
         self.machine.path(ROOT).mkdir(mode=0o700, exist_ok=True)
-        words = self.setup.command.format(root=ROOT, socket=_SNAPSHOTTER_SOCKET).split()
+        words = self.setup.command.format(root=ROOT, socket=SNAPSHOTTER_SOCKET).split()
         self.server = self.machine.start("server", *words)
-        self.machine.wait(self.server, lambda: self.machine.answers(_SNAPSHOTTER_SOCKET))
+        self.machine.wait(self.server, lambda: self.machine.answers(SNAPSHOTTER_SOCKET))
 
     def restart_server(self) -> None:
         """Start the server again, and wait until containerd, which tries less and less often, has found it."""

@@ -209,6 +209,16 @@ def tall(directory: Path, busybox: Path, height: int) -> Path:
     return directory
 
 
+def pause(directory: Path, busybox: Path) -> Path:
+    """Write an image of one layer whose command does nothing, for ever: what holds a pod's namespaces."""
+    tar = _Tar(0)
+    tar.directory("bin", "dev", "etc", "proc", "sys")
+    tar.file("bin/busybox", busybox.read_bytes(), 0o755)
+    tar.symlink("bin/sleep", "busybox")
+    write_layout(directory, "pause", [_blob(directory, tar.done(), "pause")], ["/bin/sleep", "1000000"])
+    return directory
+
+
 def extended(directory: Path, below: Path, name: str, blob: bytes) -> Path:
     """Write the image that has one layer more than the one in `below`; `blob` is the layer, gzip compressed."""
     tars = [gzip.decompress(data) for data in (*(file.read_bytes() for file in layer_blobs(below)), blob)]

@@ -73,7 +73,7 @@ class Side:
 
 def _sides(stack: ExitStack, release: str, work: Path, image: Path) -> Iterator[Side]:
     for name in ("hpmapper-fast", "hpmapper", "overlay", "erofs"):
-        containerd = stack.enter_context(running(Case(release, name), work))
+        containerd = stack.enter_context(running(Case(release, name), work, Containerd))
         reference = f"{registry.ADDRESS}/measured:latest"
         archive = containerd.machine.path("/data/image.tar")
         subprocess.run(["tar", "-C", str(image), "-cf", str(archive), "."], check=True)

@@ -6,13 +6,17 @@ import errno
 import os
 import re
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hpmapper.bench import gobuild
+from hpmapper.kernel import loop
+from hpmapper.root import DATABASE
 from hpmapper.store import workspace
 from tests.clients import servers, trees
 from tests.clients.containerd import ELSEWHERE, NAMESPACE, ROOT, Containerd, Setup
@@ -25,6 +29,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 OBJECTS = re.compile(rf"{re.escape(ROOT)}/pool/o/[0-9a-f]{{2}}")
 
 WORKSPACE = re.compile(rf"{re.escape(ROOT)}/.*/t/[0-9a-f]{{16}}")
+
+LASTING = {"setting", "blob", "sqlite_sequence"}
+"""Tables whose rows are meant to outlive layers and snapshots."""
 
 BUILDKIT = "docker"
 """The control group that BuildKit in dockerd takes for what it builds."""
@@ -50,15 +57,18 @@ class Case:
         return f"{self.release}-{self.setup}"
 
 
+Kind = TypeVar("Kind", bound=Containerd)
+
+
 @contextmanager
-def running(case: Case, pool: Path) -> Iterator[Containerd]:
-    """A machine with containerd and a snapshotter at work, its data in `pool`."""
+def running(case: Case, pool: Path, kind: type[Kind]) -> Iterator[Kind]:
+    """A machine with containerd, as `kind` starts it, and a snapshotter at work, its data in `pool`."""
     data = pool / str(case)
     data.mkdir()
     shutil.copy2(gobuild.build_tools(gobuild.cache()).snapserver, data / "snapserver")
     tree = trees.made(case.release)
     with control_groups(), Machine(tree, data, trees.python_packages(tree)) as machine:
-        containerd = Containerd(machine, SETUPS[case.setup])
+        containerd = kind(machine, SETUPS[case.setup])
         containerd.start()
         yield containerd
         containerd.stop()
@@ -97,14 +107,14 @@ def _found_groups() -> set[Path]:
 
 
 def left(containerd: Containerd) -> set[str]:
-    """Mounts and directories of the snapshotter; what is in a mount is not looked at.
+    """Mounts, loop devices, directories and rows of the snapshotter; what is in a mount is not looked at.
 
     Of the directories that objects are spread over, which stay, the objects count; and of a living daemon's workspace,
     which comes with its first layer, what is in it.
     """
     top = containerd.machine.path(ROOT)
     mounts = set(containerd.machine.mounts(ROOT))
-    found = {f"mount {target}" for target in mounts}
+    found = {f"mount {target}" for target in mounts} | _loops(top) | _rows(top / DATABASE)
     for here, directories, files in os.walk(top):
         inside = ROOT + here.removeprefix(str(top))
         if OBJECTS.fullmatch(inside):
@@ -114,6 +124,23 @@ def left(containerd: Containerd) -> set[str]:
             found.add(f"directory {inside}")
         directories[:] = [name for name in directories if f"{inside}/{name}" not in mounts]
     return found
+
+
+def _loops(top: Path) -> set[str]:
+    """Loop devices whose files lie on the file system of the snapshotter's root, which only machines are on."""
+    device = top.stat().st_dev
+    statuses = map(loop.status, loop.attached_devices())
+    return {f"loop device over inode {one.inode}" for one in statuses if one and one.device == device}
+
+
+def _rows(database: Path) -> set[str]:
+    """What a database of ours names, but for settings and what is known of blobs, which stay; nothing of a peer's."""
+    if not database.exists():
+        return set()
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        rows = {table: db.execute(f"SELECT * FROM {table}").fetchall() for table in set(tables) - LASTING}
+    return {f"row of {table}: {row}" for table, found in rows.items() for row in found}
 
 
 def assert_reclaimed(containerd: Containerd, before: set[str]) -> None:

@@ -85,7 +85,7 @@ def test_containerd_understands_it(program: str, start: str, tmp_path: Path) -> 
     assert (proxy["type"], proxy["address"]) == ("snapshot", "/run/hpmapper/hpmapper.sock")
     assert _cri(found) == "hpmapper"
     if version >= (1, 7, 23):
-        assert proxy["exports"]["root"] == "/var/lib/hpmapper"
+        assert proxy["exports"]["root"] == "/var/lib/hpmapper/pool"
         assert "rebase" not in proxy["capabilities"]
         assert "remap-ids" in proxy["capabilities"]
     differs = found["plugins"][DIFF]["default"]

@@ -27,7 +27,7 @@ OF_DOCKER = (b".dockerenv", b"dev", b"etc", b"proc", b"sys")
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def shared(request: pytest.FixtureRequest, pool: Path) -> Iterator[Docker]:
-    with running(request.param, pool) as containerd:
+    with running(request.param, pool, Containerd) as containerd:
         docker = Docker(containerd)
         docker.start()
         yield docker

@@ -122,6 +122,22 @@ def test_check_then_apply_then_check(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ([], "pool"),
+        (["--storage-driver", "overlay"], "overlay"),
+        (["--storage-opt", "pool.directory=/srv/pool"], "/srv/pool"),
+    ],
+)
+def test_kubernetes_measures_the_layers_file_system(words: list[str], place: str, tmp_path: Path) -> None:
+    """A pool has one of its own, which is not the root directory's."""
+    asked = ["--root", str(tmp_path), *words, "config", "containerd", "--for", "1.7.24", "--no-remap-ids", "--json"]
+    printed = json.loads(CliRunner().invoke(cli, asked, obj=State()).stdout)
+    settings = {change["setting"]: change["now"] for change in printed["changes"]}
+    assert settings["proxy_plugins.hpmapper.exports.root"] == str(tmp_path / place)
+
+
 def test_conflicts_change_nothing(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     text = 'version = 2\n[proxy_plugins.hpmapper]\ntype = "content"\n'

@@ -373,9 +373,9 @@ def _compress(tar: IO[bytes], out: IO[bytes]) -> tuple[str, str]:
     return inner.hexdigest(), outer.hexdigest()
 
 
-def write_layout(layout: Path, name: str, layers: Sequence[Layer]) -> None:
+def write_layout(layout: Path, name: str, layers: Sequence[Layer], command: Sequence[str] = ("/bin/bash",)) -> None:
     """Complete a layout whose layers are written: config, manifest, index and the version file."""
-    config = write_blob(layout, _config(layers))
+    config = write_blob(layout, _config(layers, command))
     manifest = write_blob(layout, _manifest(config, layers))
     entry = manifest | {
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -390,14 +390,14 @@ def write_layout(layout: Path, name: str, layers: Sequence[Layer]) -> None:
     (layout / "oci-layout").write_bytes(_json({"imageLayoutVersion": "1.0.0"}))
 
 
-def _config(layers: Sequence[Layer]) -> dict[str, object]:
+def _config(layers: Sequence[Layer], command: Sequence[str]) -> dict[str, object]:
     return {
         "created": CREATED,
         "architecture": architecture(),
         "os": "linux",
         "config": {
             "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-            "Cmd": ["/bin/bash"],
+            "Cmd": list(command),
             "WorkingDir": "/",
         },
         "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},

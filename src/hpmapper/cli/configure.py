@@ -20,11 +20,12 @@ from hpmapper.configure import docker as for_docker
 from hpmapper.configure import document, file
 from hpmapper.configure.draft import Draft, dotted
 from hpmapper.configure.version import Version, installed, parse
+from hpmapper.drivers.base import Driver
 from hpmapper.drivers.registry import DRIVERS, by_name
-from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.errors import FailedPrecondition, InvalidArgument, NotFound
 from hpmapper.image.platforms import this_machine
 from hpmapper.kernel.probe import probe_all
-from hpmapper.root import driver_name
+from hpmapper.root import driver_name, driver_of
 
 DEFAULT_ADDRESS = "/run/hpmapper/hpmapper.sock"
 
@@ -88,14 +89,15 @@ def containerd(
     """
     version = parse(wanted) if wanted else installed(program)
     settings = config_of(state)
+    driver = _driver(settings)
     wishes = for_containerd.Wishes(
         name=for_docker.require_name(name),
         address=_absolute(address),
-        root=str(settings.root),
+        storage=str(driver.scratch.parent),
         platform=platform or str(this_machine()),
         cri=not no_cri,
         differ=not no_differ,
-        remap_ids=_maps_ids(settings) if remap_ids is None else remap_ids,
+        remap_ids=_maps_ids(settings, driver) if remap_ids is None else remap_ids,
     )
     target = _Target(
         "containerd",
@@ -258,13 +260,20 @@ def _absolute(address: str) -> str:
     return path
 
 
-def _maps_ids(config: Config) -> bool:
-    """Whether the root's driver and this host can show files under other owners."""
+def _driver(config: Config) -> Driver:
+    """The root's driver, not attached; where there is no root yet, the one that is asked for or preferred."""
     try:
-        driver = by_name(driver_name(config))
+        return driver_of(config)
+    except NotFound:
+        registered = by_name(driver_name(config))
     except PermissionError:
-        driver = DRIVERS[0]  # somebody else than root may still look
-    if not driver.make(config.root, config.pool(), config.options).capabilities.maps_ids:
+        registered = DRIVERS[0]  # somebody else than root may still look
+    return registered.make(config.root, config.pool(registered), config.own_options(registered))
+
+
+def _maps_ids(config: Config, driver: Driver) -> bool:
+    """Whether the root's driver and this host can show files under other owners."""
+    if not driver.capabilities.maps_ids:
         return False
     where = next(path for path in (config.root, *config.root.parents) if path.is_dir())
     return any(feature.available for feature in probe_all(where, ["idmapped-mounts"]))

@@ -49,7 +49,8 @@ class Wishes:
     Attributes:
         name: of the snapshotter; the differ is called the same with `-diff`.
         address: the daemon's socket.
-        root: the root directory, which CRI measures as the images' file system.
+        storage: the directory of the layers, a pool's mount point where there is a pool: CRI measures the file system
+            that it is on as the images'.
         platform: of this machine, as containerd writes it: linux/amd64.
         cri: Kubernetes is to use hpmapper, too.
         differ: layers go straight from the registry into the pool.
@@ -58,7 +59,7 @@ class Wishes:
 
     name: str
     address: str
-    root: str
+    storage: str
     platform: str
     cri: bool = True
     differ: bool = True
@@ -136,7 +137,7 @@ def _snapshotter(result: Draft, version: Version, wishes: Wishes) -> None:
     _capabilities(result, (*proxy, "capabilities"), version, wishes)
     if (version >= (1, 7, 16)) or (1, 6, 32) <= version < (1, 7, 0):
         why = "Kubernetes measures the images' file system here"
-        result.want((*proxy, "exports", "root"), wishes.root, why, hint="see hpmapper --root")
+        result.want((*proxy, "exports", "root"), wishes.storage, why, hint="see hpmapper --root")
     else:
         result.note(
             f"exports.root is not set: containerd {version} does not know it (1.6.32 and 1.7.16 do), so Kubernetes "
