@@ -158,20 +158,24 @@ class Runner:
         """Write down that a side does not do a case, or failed in it, instead of ending."""
         try:
             yield
-        except (HpmapperError, OSError, subprocess.SubprocessError) as error:
+        except Exception as error:  # a peer's client may answer anything; the others go on
             failed = not isinstance(error, NotHere)
             why = _told(error)
             row = Skipped(case.info.suite, case.info.name, side.name, why, self.label, failed, at)
             self.found.skipped.append(row)
             if failed:
                 log.warning("%s on %s failed: %s", case.name, side.name, why)
+                log.debug("it failed here:", exc_info=error)
             progress.step(steps)
 
 
 def _told(error: Exception) -> str:
     said = getattr(error, "stderr", None)
     text = said.decode(errors="replace") if isinstance(said, bytes) else str(said or "")
-    return f"{error}{': ' if text.strip() else ''}{'; '.join(text.strip().splitlines()[-3:])}"
+    kind = (
+        "" if isinstance(error, (HpmapperError, OSError, subprocess.SubprocessError)) else f"{type(error).__name__}: "
+    )
+    return f"{kind}{error}{': ' if text.strip() else ''}{'; '.join(text.strip().splitlines()[-3:])}"
 
 
 def _taking_part(case: Case, sides: Sequence[Side]) -> list[Side]:
