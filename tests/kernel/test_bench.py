@@ -13,7 +13,7 @@ import pytest
 
 from hpmapper.bench import results as forms
 from hpmapper.bench.results import Results
-from hpmapper.kernel import mount
+from hpmapper.kernel import loop, mount
 from tests.conftest import loops_over
 
 pytestmark = pytest.mark.kernel
@@ -107,3 +107,27 @@ def test_ctrl_c_leaves_nothing_and_keeps_what_there_is(tmp_path: Path) -> None:
     kept = forms.load(tmp_path / "out")
     assert kept.sessions[0].interrupted
     assert any(one.case == "first-write" for one in kept.measurements)
+
+
+def test_a_device_is_cut_up(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.truncate(disk, 3 << 30)
+    words = [
+        "--case",
+        "ops/limits",
+        "--drivers",
+        "overlay",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with loop.attached(disk, block_size=4096) as device:
+        done = subprocess.run([*COMMAND, *words, "--device", str(device)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "gives only" in done.stderr, "four sides do not fit"
+        words[3] = "overlay-xfs"
+        done = subprocess.run([*COMMAND, *words, "--device", str(device)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert {one.side for one in forms.load(tmp_path / "out").measurements} == {"bare-xfs"}

@@ -239,7 +239,7 @@ def merge(parts: Iterable[Results]) -> Results:
                 known[one.key].runs += one.runs
                 known[one.key].noise += one.noise
             else:
-                whole.measurements.append(one)
+                whole.measurements.append(msgspec.structs.replace(one, runs=[*one.runs], noise=[*one.noise]))
     return whole
 
 
