@@ -37,8 +37,12 @@ def require() -> None:
 def svg(results: Results, case: CaseInfo, host: str) -> str:
     """A case's plots as one <svg> element."""
     figure = _drawn(results, case, host)
+    import matplotlib
+
     out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    # Text stays text; ids of one plot are not those of another in the same page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{case.suite} {case.name} {host}"}):
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = out.getvalue()
     return re.sub(r"^.*?(?=<svg)", "", text, flags=re.DOTALL)
 
