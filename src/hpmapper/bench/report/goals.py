@@ -35,7 +35,13 @@ class Goal:
 GOALS = (
     Goal("io: 0.95 of the bare file system", "io", "", "", "bare-xfs", 0.95),
     Goal(
-        "cow: 50 × as fast as overlay on ext4 at 512 MiB", "cow", "first-write", "first write", "overlay-ext4", 50, True
+        "cow: 50 × as fast as overlay on ext4 at 512 MiB",
+        "cow",
+        "first-write",
+        "first write",
+        "overlay-ext4",
+        50,
+        at=512 << 20,
     ),
     Goal("cow: 4 × as fast as devicemapper", "cow", "first-write", "first write", "devicemapper", 4),
     Goal("cache: 90 % less than devicemapper", "cache", "same-image", "page cache", "devicemapper", 10, True),

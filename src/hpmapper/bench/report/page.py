@@ -20,7 +20,9 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child { text-align: left; white-space: nowrap }
 .words td, .words th { text-align: left }
 caption { text-align: left; font-weight: 600; padding: .3rem 0 }
-svg { max-width: 100%; height: auto } svg text { font-family: system-ui, sans-serif !important } .small { color: #555; font-size: 13px } .bad { color: #b00020; font-weight: 600 }
+svg { max-width: 100%; height: auto }
+svg text { font-family: system-ui, sans-serif !important }
+ .small { color: #555; font-size: 13px } .bad { color: #b00020; font-weight: 600 }
 nav a { margin-right: 1rem } div.wide { overflow-x: auto }
 """
 
