@@ -6,6 +6,7 @@ up whenever a reader of the old form would misread the new one; fields may be ad
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -145,7 +146,7 @@ class Measurement(msgspec.Struct):
     def percentile(self, share: float) -> float:
         """The nearest-rank percentile of all samples."""
         ordered = sorted(self.samples)
-        return ordered[max(0, -(-len(ordered) * share // 1).__int__() - 1)]
+        return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
 
 
 class Session(msgspec.Struct, frozen=True):

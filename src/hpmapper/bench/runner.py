@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpmapper.bench import host, results
-from hpmapper.bench.harness import Bench, Case, NotHere, Run, Side, Turn
+from hpmapper.bench.harness import CASES, Bench, Case, NotHere, Run, Side, Turn
 from hpmapper.bench.measure import drop_caches
 from hpmapper.bench.report import shown
 from hpmapper.bench.results import Absent, Measurement, Noise, Results, Session, SideInfo, Skipped
@@ -80,7 +80,6 @@ class Runner:
 
     def _open(self, wanted: Sequence[Wanted], stack: ExitStack) -> list[Side]:
         names = {one.name for one in wanted}
-        self.found.sides = [one for one in self.found.sides if one.host != self.label or one.name not in names]
         self.found.absent = [one for one in self.found.absent if one.host != self.label or one.side not in names]
         sides = []
         for one in wanted:
@@ -92,11 +91,19 @@ class Runner:
                     why = str(error)
                 else:
                     sides.append(side)
-                    self.found.sides.append(SideInfo(side.name, side.kind, side.about, self.label))
+                    self._tell(SideInfo(side.name, side.kind, side.about, self.label))
                     continue
             self.found.absent.append(Absent(one.name, why, self.label))
             log.info("%s cannot run here: %s", one.name, why)
         return sides
+
+    def _tell(self, side: SideInfo) -> None:
+        """Put a side among those known, in its old place if it has one."""
+        known = [(one.host, one.name) for one in self.found.sides]
+        if (side.host, side.name) in known:
+            self.found.sides[known.index((side.host, side.name))] = side
+        else:
+            self.found.sides.append(side)
 
     def _points(self, case: Case) -> Sequence[float | None]:
         return case.short_points if self.short else case.points
@@ -106,7 +113,9 @@ class Runner:
 
     def _case(self, case: Case, sides: Sequence[Side], progress: _Steps) -> None:
         results.without(self.found, self.label, case.info.suite, case.info.name)
-        self.found.cases = [one for one in self.found.cases if (one.suite, one.name) != _key(case)] + [case.info]
+        others = [one for one in self.found.cases if (one.suite, one.name) != _key(case)]
+        order = [one.info for one in CASES]
+        self.found.cases = sorted([*others, case.info], key=lambda one: order.index(one) if one in order else -1)
         for at in self._points(case):
             bench = Bench(self.short, self.images, self.work, at)
             with ExitStack() as stack:
