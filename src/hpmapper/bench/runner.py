@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpmapper.bench import host, results
-from hpmapper.bench.harness import CASES, Bench, Case, NotHere, Run, Side, Turn
+from hpmapper.bench.harness import CASES, SUITES, Bench, Case, NotHere, Run, Side, Turn
 from hpmapper.bench.measure import drop_caches
 from hpmapper.bench.report import shown
 from hpmapper.bench.results import Absent, Measurement, Noise, Results, Session, SideInfo, Skipped
@@ -114,8 +114,9 @@ class Runner:
     def _case(self, case: Case, sides: Sequence[Side], progress: _Steps) -> None:
         results.without(self.found, self.label, case.info.suite, case.info.name)
         others = [one for one in self.found.cases if (one.suite, one.name) != _key(case)]
-        order = [one.info for one in CASES]
-        self.found.cases = sorted([*others, case.info], key=lambda one: order.index(one) if one in order else -1)
+        order = [one.name for suite in SUITES for one in CASES if one.info.suite == suite]
+        places = {name: place for place, name in enumerate(order)}
+        self.found.cases = sorted([*others, case.info], key=lambda one: places.get(f"{one.suite}/{one.name}", -1))
         for at in self._points(case):
             bench = Bench(self.short, self.images, self.work, at)
             with ExitStack() as stack:
