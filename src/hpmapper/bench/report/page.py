@@ -66,11 +66,9 @@ def _body(results: Results) -> Iterator[str]:
     )
     absent = [(a.side, a.why, a.host) for a in results.absent]
     yield _table(Grid("wanted, and cannot run", ("", "why", "host"), absent), words=True) if absent else ""
-    left = [
-        (f"{one.suite}/{one.case}", one.side, "" if one.at is None else f"{one.at:g}", one.why)
-        for one in results.skipped
-    ]
-    yield _table(Grid("not measured", ("case", "side", "at", "why"), left), words=True) if left else ""
+    if results.skipped:
+        left = shown.left_out(results)
+        yield _table(Grid("not measured", left.headers, left.rows), words=True)
     sessions = [(one.host, one.began, one.ended, one.version, " ".join(one.command)) for one in results.sessions]
     yield _table(Grid("sessions", ("host", "began", "ended", "version", "command"), sessions), words=True)
 

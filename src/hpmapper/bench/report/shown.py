@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hpmapper.bench.results import Axis, CaseInfo, Measurement, Quantity, Results
 from hpmapper.pool.base import format_size
 
-_MANY = 20
+_MANY = 100
 """Samples from which a 99th percentile says something."""
 
 
@@ -85,6 +85,17 @@ def grids(results: Results, case: CaseInfo, host: str) -> list[Grid]:
 
 def _header(quantity: Quantity) -> str:
     return f"{quantity.name}, {quantity.unit}"
+
+
+def left_out(results: Results) -> Grid:
+    """What was not measured, and why; sides of one reason together."""
+    sides: dict[tuple[str, str], list[str]] = {}
+    for one in results.skipped:
+        axis = results.case(one.suite, one.case).axis
+        where = "" if one.at is None or axis is None else f", {axis.name} {place(axis, one.at)}"
+        why = ("failed: " if one.failed else "") + one.why
+        sides.setdefault((f"{one.suite}/{one.case}{where}", why), []).append(one.side)
+    return Grid("", ("case", "why", "sides"), [(case, why, ", ".join(names)) for (case, why), names in sides.items()])
 
 
 def about(case: CaseInfo) -> str:
