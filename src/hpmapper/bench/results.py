@@ -150,7 +150,12 @@ class Measurement(msgspec.Struct):
 
 
 class Session(msgspec.Struct, frozen=True):
-    """One call of `hpmapper bench`. began, ended: RFC 3339; command: its words; version: of hpmapper."""
+    """One call of `hpmapper bench`.
+
+    Attributes:
+        began, ended: RFC 3339. command: its words. version: of hpmapper.
+        short: whether everything was smaller than the cases' texts say.
+    """
 
     host: str
     began: str
@@ -158,6 +163,7 @@ class Session(msgspec.Struct, frozen=True):
     command: list[str]
     version: str
     interrupted: bool = False
+    short: bool = False
 
 
 class Results(msgspec.Struct):

@@ -74,7 +74,8 @@ class Runner:
                     results.save(self.found, self.out)
             interrupted = False
         finally:
-            self.found.sessions.append(Session(self.label, began, _now(), command, host.version(), interrupted))
+            session = Session(self.label, began, _now(), command, host.version(), interrupted, self.short)
+            self.found.sessions.append(session)
             results.save(self.found, self.out)
         return self.found
 

@@ -12,6 +12,9 @@ _MANY = 100
 """Samples from which a 99th percentile says something."""
 
 
+SHORT = "Short form: smaller than the text says, and programs are busybox."
+
+
 @dataclass(frozen=True)
 class Grid:
     """A table of text; the first column names the row."""
@@ -116,7 +119,8 @@ def floors(case: CaseInfo) -> list[str]:
 def remark(results: Results, case: CaseInfo, host: str) -> str:
     """How a case's figures are to be read, and what else went on."""
     text = f"{about(case)} Noise: {noise(results, case, host)}."
-    return text[0].upper() + text[1:]
+    short = any(session.short for session in results.sessions if session.host == host)
+    return text[0].upper() + text[1:] + (f" {SHORT}" if short else "")
 
 
 def noise(results: Results, case: CaseInfo, host: str) -> str:
