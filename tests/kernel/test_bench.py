@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hpmapper.bench import results as forms
 from hpmapper.bench.results import Results
-from hpmapper.kernel import mount
+from hpmapper.kernel import loop, mount
 from tests.conftest import loops_over
 
 pytestmark = pytest.mark.kernel
@@ -93,7 +94,8 @@ def test_two_versions_share_their_pages(found: Results) -> None:
 
 def test_ctrl_c_leaves_nothing_and_keeps_what_there_is(tmp_path: Path) -> None:
     words = ["cow", "cache", "--drivers", "hpmapper", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    with subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, start_new_session=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, process_group=0, preexec_fn=heard) as process:
         assert process.stderr is not None
         while b"overwrite" not in process.stderr.readline():
             assert process.poll() is None
@@ -107,3 +109,27 @@ def test_ctrl_c_leaves_nothing_and_keeps_what_there_is(tmp_path: Path) -> None:
     kept = forms.load(tmp_path / "out")
     assert kept.sessions[0].interrupted
     assert any(one.case == "first-write" for one in kept.measurements)
+
+
+def test_a_device_is_cut_up(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.truncate(disk, 3 << 30)
+    words = [
+        "--case",
+        "ops/limits",
+        "--drivers",
+        "overlay",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with loop.attached(disk, block_size=4096) as device:
+        done = subprocess.run([*COMMAND, *words, "--device", str(device)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "gives only" in done.stderr, "four sides do not fit"
+        words[3] = "overlay-xfs"
+        done = subprocess.run([*COMMAND, *words, "--device", str(device)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert {one.side for one in forms.load(tmp_path / "out").measurements} == {"bare-xfs"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -321,12 +322,14 @@ class StorageSide:
         raise NotHere("its client makes a layer, but no image, of a container's changes")
 
     def changed(self, container: str) -> int:
-        layer = json.loads(self._storage("container", "--json", container))["layer"]
-        return len(self._storage("changes", layer).splitlines())
+        return len(self._storage("changes", self._layer(container)).splitlines())
 
     def usage(self, container: str) -> int:
-        layer = json.loads(self._storage("container", "--json", container))["layer"]
-        return int(self._storage("diffsize", layer).split()[0])
+        return int(re.findall(r"\d+", self._storage("diffsize", self._layer(container)))[-1])
+
+    def _layer(self, container: str) -> str:
+        (found,) = json.loads(self._storage("container", "--json", container))
+        return str(found["layer"])
 
     def remove(self, container: str) -> None:
         self._storage("unmount", container)

@@ -6,6 +6,7 @@ up whenever a reader of the old form would misread the new one; fields may be ad
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -145,11 +146,16 @@ class Measurement(msgspec.Struct):
     def percentile(self, share: float) -> float:
         """The nearest-rank percentile of all samples."""
         ordered = sorted(self.samples)
-        return ordered[max(0, -(-len(ordered) * share // 1).__int__() - 1)]
+        return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
 
 
 class Session(msgspec.Struct, frozen=True):
-    """One call of `hpmapper bench`. began, ended: RFC 3339; command: its words; version: of hpmapper."""
+    """One call of `hpmapper bench`.
+
+    Attributes:
+        began, ended: RFC 3339. command: its words. version: of hpmapper.
+        short: whether everything was smaller than the cases' texts say.
+    """
 
     host: str
     began: str
@@ -157,6 +163,7 @@ class Session(msgspec.Struct, frozen=True):
     command: list[str]
     version: str
     interrupted: bool = False
+    short: bool = False
 
 
 class Results(msgspec.Struct):
@@ -239,7 +246,7 @@ def merge(parts: Iterable[Results]) -> Results:
                 known[one.key].runs += one.runs
                 known[one.key].noise += one.noise
             else:
-                whole.measurements.append(one)
+                whole.measurements.append(msgspec.structs.replace(one, runs=[*one.runs], noise=[*one.noise]))
     return whole
 
 

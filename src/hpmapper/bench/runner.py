@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpmapper.bench import host, results
-from hpmapper.bench.harness import Bench, Case, NotHere, Run, Side, Turn
+from hpmapper.bench.harness import CASES, SUITES, Bench, Case, NotHere, Run, Side, Turn
 from hpmapper.bench.measure import drop_caches
 from hpmapper.bench.report import shown
 from hpmapper.bench.results import Absent, Measurement, Noise, Results, Session, SideInfo, Skipped
@@ -74,13 +74,13 @@ class Runner:
                     results.save(self.found, self.out)
             interrupted = False
         finally:
-            self.found.sessions.append(Session(self.label, began, _now(), command, host.version(), interrupted))
+            session = Session(self.label, began, _now(), command, host.version(), interrupted, self.short)
+            self.found.sessions.append(session)
             results.save(self.found, self.out)
         return self.found
 
     def _open(self, wanted: Sequence[Wanted], stack: ExitStack) -> list[Side]:
         names = {one.name for one in wanted}
-        self.found.sides = [one for one in self.found.sides if one.host != self.label or one.name not in names]
         self.found.absent = [one for one in self.found.absent if one.host != self.label or one.side not in names]
         sides = []
         for one in wanted:
@@ -92,11 +92,19 @@ class Runner:
                     why = str(error)
                 else:
                     sides.append(side)
-                    self.found.sides.append(SideInfo(side.name, side.kind, side.about, self.label))
+                    self._tell(SideInfo(side.name, side.kind, side.about, self.label))
                     continue
             self.found.absent.append(Absent(one.name, why, self.label))
             log.info("%s cannot run here: %s", one.name, why)
         return sides
+
+    def _tell(self, side: SideInfo) -> None:
+        """Put a side among those known, in its old place if it has one."""
+        known = [(one.host, one.name) for one in self.found.sides]
+        if (side.host, side.name) in known:
+            self.found.sides[known.index((side.host, side.name))] = side
+        else:
+            self.found.sides.append(side)
 
     def _points(self, case: Case) -> Sequence[float | None]:
         return case.short_points if self.short else case.points
@@ -106,7 +114,10 @@ class Runner:
 
     def _case(self, case: Case, sides: Sequence[Side], progress: _Steps) -> None:
         results.without(self.found, self.label, case.info.suite, case.info.name)
-        self.found.cases = [one for one in self.found.cases if (one.suite, one.name) != _key(case)] + [case.info]
+        others = [one for one in self.found.cases if (one.suite, one.name) != _key(case)]
+        order = [one.name for suite in SUITES for one in CASES if one.info.suite == suite]
+        places = {name: place for place, name in enumerate(order)}
+        self.found.cases = sorted([*others, case.info], key=lambda one: places.get(f"{one.suite}/{one.name}", -1))
         for at in self._points(case):
             bench = Bench(self.short, self.images, self.work, at)
             with ExitStack() as stack:
@@ -158,20 +169,24 @@ class Runner:
         """Write down that a side does not do a case, or failed in it, instead of ending."""
         try:
             yield
-        except (HpmapperError, OSError, subprocess.SubprocessError) as error:
+        except Exception as error:  # a peer's client may answer anything; the others go on
             failed = not isinstance(error, NotHere)
             why = _told(error)
             row = Skipped(case.info.suite, case.info.name, side.name, why, self.label, failed, at)
             self.found.skipped.append(row)
             if failed:
                 log.warning("%s on %s failed: %s", case.name, side.name, why)
+                log.debug("it failed here:", exc_info=error)
             progress.step(steps)
 
 
 def _told(error: Exception) -> str:
     said = getattr(error, "stderr", None)
     text = said.decode(errors="replace") if isinstance(said, bytes) else str(said or "")
-    return f"{error}{': ' if text.strip() else ''}{'; '.join(text.strip().splitlines()[-3:])}"
+    kind = (
+        "" if isinstance(error, (HpmapperError, OSError, subprocess.SubprocessError)) else f"{type(error).__name__}: "
+    )
+    return f"{kind}{error}{': ' if text.strip() else ''}{'; '.join(text.strip().splitlines()[-3:])}"
 
 
 def _taking_part(case: Case, sides: Sequence[Side]) -> list[Side]:

@@ -90,12 +90,4 @@ def _skipped(results: Results) -> Iterator[str]:
     if not results.skipped:
         return
     yield "\n## Not measured\n"
-    rows = [
-        (
-            f"{one.suite}/{one.case}" + ("" if one.at is None else f" at {one.at:g}"),
-            one.side,
-            ("failed: " if one.failed else "") + one.why,
-        )
-        for one in results.skipped
-    ]
-    yield table(Grid("", ("case", "side", "why"), rows))
+    yield table(shown.left_out(results))

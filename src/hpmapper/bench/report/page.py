@@ -20,7 +20,9 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child { text-align: left; white-space: nowrap }
 .words td, .words th { text-align: left }
 caption { text-align: left; font-weight: 600; padding: .3rem 0 }
-svg { max-width: 100%; height: auto } .small { color: #555; font-size: 13px } .bad { color: #b00020; font-weight: 600 }
+svg { max-width: 100%; height: auto }
+svg text { font-family: system-ui, sans-serif !important }
+ .small { color: #555; font-size: 13px } .bad { color: #b00020; font-weight: 600 }
 nav a { margin-right: 1rem } div.wide { overflow-x: auto }
 """
 
@@ -64,11 +66,9 @@ def _body(results: Results) -> Iterator[str]:
     )
     absent = [(a.side, a.why, a.host) for a in results.absent]
     yield _table(Grid("wanted, and cannot run", ("", "why", "host"), absent), words=True) if absent else ""
-    left = [
-        (f"{one.suite}/{one.case}", one.side, "" if one.at is None else f"{one.at:g}", one.why)
-        for one in results.skipped
-    ]
-    yield _table(Grid("not measured", ("case", "side", "at", "why"), left), words=True) if left else ""
+    if results.skipped:
+        left = shown.left_out(results)
+        yield _table(Grid("not measured", left.headers, left.rows), words=True)
     sessions = [(one.host, one.began, one.ended, one.version, " ".join(one.command)) for one in results.sessions]
     yield _table(Grid("sessions", ("host", "began", "ended", "version", "command"), sessions), words=True)
 

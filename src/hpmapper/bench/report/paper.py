@@ -60,12 +60,17 @@ def _pairs(results: Results, side: str, host: str, suites: Sequence[str], quanti
     return found
 
 
+def _last(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """Of each case the pair at the last place of its axis."""
+    by_case = {pair.ours.case: pair for pair in sorted(pairs, key=lambda pair: pair.ours.at or 0)}
+    return list(by_case.values())
+
+
 def _cache(results: Results, side: str, host: str) -> str:
-    pairs = _pairs(results, side, host, ["cache"], "page cache")
-    told = [
-        f"{1 - pair.ours.median / pair.theirs.median:.1%} less ({_what(pair)})" for pair in pairs if pair.theirs.median
-    ]
-    return "; ".join(told) or "not measured"
+    pairs = _last(_pairs(results, side, host, ["cache"], "page cache"))
+    told = [(1 - pair.ours.median / pair.theirs.median, _what(pair)) for pair in pairs if pair.theirs.median]
+    words = [f"{abs(share):.1%} {'less' if share >= 0 else 'more'} ({what})" for share, what in told]
+    return "; ".join(words) or "not measured"
 
 
 def _throughput(results: Results, side: str, host: str) -> str:
@@ -79,7 +84,7 @@ def _throughput(results: Results, side: str, host: str) -> str:
 
 
 def _start(results: Results, side: str, host: str) -> str:
-    pairs = _pairs(results, side, host, ["start"], "slowest")
+    pairs = _last(_pairs(results, side, host, ["start"], "slowest"))
     told = [f"{pair.theirs.median / pair.ours.median:.2f} × ({_what(pair)})" for pair in pairs if pair.ours.median]
     return "; ".join(told) or "not measured"
 

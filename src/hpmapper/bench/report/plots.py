@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind people tell apart; ours first.
-_COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#666666")
+_OURS_COLOUR = "#0072B2"
+_COLOURS = ("#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#666666")
 _BARE = "#000000"
-_MARKS = "osD^vPX*"
+_MARKS = "sD^vPX*h"
 _OURS = "hpmapper"
 
 
@@ -36,8 +37,12 @@ def require() -> None:
 def svg(results: Results, case: CaseInfo, host: str) -> str:
     """A case's plots as one <svg> element."""
     figure = _drawn(results, case, host)
+    import matplotlib
+
     out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    # Text stays text; ids of one plot are not those of another in the same page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{case.suite} {case.name} {host}"}):
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = out.getvalue()
     return re.sub(r"^.*?(?=<svg)", "", text, flags=re.DOTALL)
 
@@ -102,6 +107,8 @@ def _lines(
     values = [one.median for one in found]
     if values and min(values) > 0 and max(values) / min(values) >= 20:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: shown.number(value))
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
     else:
         axes.set_ylim(bottom=min(0, *values) if values else 0)
     axes.set_xlabel(case.axis.name, fontsize=8)
@@ -130,9 +137,13 @@ def _bars(axes: Axes, results: Results, quantity: Quantity, found: list[Measurem
 
 def _style(results: Results, side: str) -> dict[str, Any]:
     """How a side is drawn: the same in every plot."""
-    bare = [one.name for one in results.sides if one.kind == "bare"]
-    others = sorted({one.name for one in results.sides if one.kind != "bare"} - {_OURS})
-    if side in bare:
-        return {"color": _BARE, "marker": ".", "linestyle": (":", "--", "-.")[bare.index(side) % 3]}
-    place = 0 if side == _OURS else 1 + (others.index(side) if side in others else 0)
-    return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKS[place % len(_MARKS)], "linestyle": "-"}
+    kinds = {one.name: one.kind for one in results.sides}
+    kind = kinds.get(side, "driver")
+    alike = sorted(name for name, other in kinds.items() if other == kind and name != _OURS)
+    place = alike.index(side) if side in alike else 0
+    if kind == "bare":
+        return {"color": _BARE, "marker": ".", "linestyle": (":", "-.")[place % 2]}
+    if side == _OURS:
+        return {"color": _OURS_COLOUR, "marker": "o", "linestyle": "-"}
+    line = "-" if kind == "driver" else "--"
+    return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKS[place % len(_MARKS)], "linestyle": line}

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from hpmapper.bench.results import Axis, CaseInfo, Measurement, Quantity, Results
 from hpmapper.pool.base import format_size
 
-_MANY = 20
+_MANY = 100
 """Samples from which a 99th percentile says something."""
+
+
+SHORT = "Short form: smaller than the text says, and programs are busybox."
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,17 @@ def _header(quantity: Quantity) -> str:
     return f"{quantity.name}, {quantity.unit}"
 
 
+def left_out(results: Results) -> Grid:
+    """What was not measured, and why; sides of one reason together."""
+    sides: dict[tuple[str, str], list[str]] = {}
+    for one in results.skipped:
+        axis = results.case(one.suite, one.case).axis
+        where = "" if one.at is None or axis is None else f", {axis.name} {place(axis, one.at)}"
+        why = ("failed: " if one.failed else "") + one.why
+        sides.setdefault((f"{one.suite}/{one.case}{where}", why), []).append(one.side)
+    return Grid("", ("case", "why", "sides"), [(case, why, ", ".join(names)) for (case, why), names in sides.items()])
+
+
 def about(case: CaseInfo) -> str:
     """How a case's figures are to be read."""
     better = {q.better for q in case.quantities}
@@ -105,7 +119,8 @@ def floors(case: CaseInfo) -> list[str]:
 def remark(results: Results, case: CaseInfo, host: str) -> str:
     """How a case's figures are to be read, and what else went on."""
     text = f"{about(case)} Noise: {noise(results, case, host)}."
-    return text[0].upper() + text[1:]
+    short = any(session.short for session in results.sessions if session.host == host)
+    return text[0].upper() + text[1:] + (f" {SHORT}" if short else "")
 
 
 def noise(results: Results, case: CaseInfo, host: str) -> str:

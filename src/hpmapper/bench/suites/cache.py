@@ -41,7 +41,7 @@ def _read(side: Side, roots: list[Path], turn: Turn) -> None:
     quantities=_QUANTITIES,
     axis=Axis("containers"),
     points=[1, 10, 50],
-    short_points=[1, 3, 10],
+    short_points=[1, 3, 20],
     cold=True,
     kinds=("driver", "peer"),
 )

@@ -14,8 +14,8 @@ from hpmapper.bench.results import Axis, Quantity
 from hpmapper.kernel.sync import syncfs
 
 _BLOCK = 4096
-_FILES = 4
-"""Of each size, so that a run has more than one sample."""
+_FILES, _BYTES = 20, 320 * MIB
+"""Of each size so many, or so many bytes, so that a run has more than one sample."""
 
 SIZES = [MIB, 16 * MIB, 64 * MIB, 512 * MIB, 4096 * MIB]
 
@@ -46,7 +46,7 @@ def first_write(side: Side, bench: Bench) -> Iterator[Run]:
     that is fsynced. New space: what the file system has less afterwards. Files are in no cache but what the last run
     left; the bare file system's file is overwritten in place, and vfs has copied it when the container was made."""
     bench.require_free(20 * bench.number, f"a file of {bench.number >> 20} MiB on all sides")
-    count = _FILES if bench.number <= 64 * MIB else 1
+    count = max(1, min(_FILES, _BYTES // bench.number)) if not bench.short else 2
     name = f"file-{bench.number >> 20}m"
     layout = bench.synthetic(name, [dict.fromkeys(map(str, range(count)), bench.number)])
 

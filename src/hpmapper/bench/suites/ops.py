@@ -33,13 +33,15 @@ def _operate(side: Side, top: str, turn: Turn, times: int) -> None:
         name = f"op-{turn.number}-{number}"
         with turn.timed("prepare"):
             side.prepare(name, top)
-        with turn.timed("mount"):
-            root = side.mount(name)
-        (root / "written").write_bytes(b"x" * 1000)
-        _timed_if_possible(turn, "usage", partial(side.usage, name))
-        committed = _timed_if_possible(turn, "commit", partial(side.commit, name, f"{name}-image"))
-        with turn.timed("remove"):
-            side.remove(name)
+        try:
+            with turn.timed("mount"):
+                root = side.mount(name)
+            (root / "written").write_bytes(b"x" * 1000)
+            _timed_if_possible(turn, "usage", partial(side.usage, name))
+            committed = _timed_if_possible(turn, "commit", partial(side.commit, name, f"{name}-image"))
+        finally:
+            with turn.timed("remove"):
+                side.remove(name)
         if committed:
             side.forget(f"{name}-image")
 

@@ -78,7 +78,8 @@ def _start(side: Side, name: str, program: Sequence[str]) -> float:
 @contextmanager
 def cold(side: Side, bench: Bench) -> Iterator[Run]:
     """So many containers of a Debian with Python are made, mounted and started at once, from empty caches: until Python
-    in them has imported Flask and printed a line. In a chroot: no OCI runtime is part of it, for any side."""
+    in them has imported Flask and printed a line. In a chroot: no OCI runtime is part of it, for any side. Our
+    drivers are called in this process; each call of a peer is a process of its client."""
     with _starting(side, bench) as run:
         yield run
 
