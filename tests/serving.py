@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.empty_pb2 import Empty
 
+from hpmapper.cache.start import StartSettings
+from hpmapper.cache.starts import Starts
 from hpmapper.caretaker import Caretaker
 from hpmapper.config import Config
 from hpmapper.containerd.api import content_pb2 as content_api
@@ -310,8 +312,15 @@ class Served:
     """A root served in this process."""
 
     def __init__(
-        self, engine: Engine, client: Client, caretaker: Caretaker, content: FakeContent, directory: Path
+        self,
+        engine: Engine,
+        client: Client,
+        caretaker: Caretaker,
+        content: FakeContent,
+        directory: Path,
+        starts: Starts,
     ) -> None:
+        self.starts = starts
         self.engine = engine
         self.client = client
         self.caretaker = caretaker
@@ -370,24 +379,30 @@ class Served:
 
 
 @contextmanager
-def served(directory: Path, driver: str, *, idle_seconds: float = 1e6) -> Iterator[Served]:
-    """A new root, served until the end; then nothing is mounted any more."""
+def served(
+    directory: Path, driver: str, *, idle_seconds: float = 1e6, start: StartSettings | None = None
+) -> Iterator[Served]:
+    """A new root, served until the end; then nothing is mounted any more. Starts are recorded as `start` says."""
     content = FakeContent()
     wanted = config(directory, driver)
     with content.served(directory / "c.sock"), open_root(wanted) as opened:
         engine = opened.engine
         caretaker = Caretaker(engine, idle_seconds=idle_seconds)
         store = ContentStore(os.fspath(directory / "c.sock"))
-        server = Server(methods(engine, caretaker, store), engine.db.batch)
+        starts = Starts(engine.db, engine.driver, start)
+        if start:
+            starts.start()
+        server = Server(methods(engine, caretaker, store, starts), engine.db.batch)
         server.bind(directory / "h.sock")
         server.start()
         caretaker.start()
         client = Client(directory / "h.sock")
         try:
-            yield Served(engine, client, caretaker, content, directory)
+            yield Served(engine, client, caretaker, content, directory, starts)
         finally:
             client.close()
             server.stop(SECONDS)
+            starts.stop()
             caretaker.stop()
             store.close()
             server.close()

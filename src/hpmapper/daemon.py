@@ -8,11 +8,13 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hpmapper.cache.manager import CacheManager
+from hpmapper.cache.start import StartSettings
+from hpmapper.cache.starts import Starts
 from hpmapper.caretaker import Caretaker
 from hpmapper.config import Config
 from hpmapper.containerd.content import ContentStore
@@ -24,8 +26,6 @@ from hpmapper.containerd.snapshots import SnapshotService
 from hpmapper.docker import plugin
 from hpmapper.engine import Engine
 from hpmapper.forest import Forest
-from hpmapper.metrics.collect import registry
-from hpmapper.metrics.serve import serving
 from hpmapper.root import only_daemon, open_root
 from hpmapper.rpc.calls import Calls
 from hpmapper.rpc.server import Method, Server
@@ -42,13 +42,20 @@ _SWITCH_SECONDS = 0.0005
 """How long a thread that reads a layer may hold Python's lock while a call waits for it: a tenth of the default."""
 
 
-def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | None = None) -> None:
+def serve(
+    config: Config,
+    address: Path,
+    containerd: str,
+    docker_plugin: Path | None = None,
+    start: StartSettings | None = None,
+) -> None:
     """Serve the root's snapshots on a unix socket until SIGTERM or SIGINT.
 
     Args:
         address: the socket's path; mode 0600. Under systemd's socket activation its socket is taken instead.
         containerd: path of containerd's own socket, whose content the differ reads.
         docker_plugin: a socket for Docker's graph driver plugin protocol, too.
+        start: what is done about containers' starts.
 
     Raises:
         FailedPrecondition: another daemon serves the root or a socket. InvalidArgument: `config.metrics` is no address.
@@ -63,15 +70,19 @@ def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | 
         engine = opened.engine
         caretaker = Caretaker(engine)
         content = ContentStore(containerd)
-        server = Server(methods(engine, caretaker, content), engine.db.batch)
+        starts = Starts(engine.db, engine.driver, start)
+        server = Server(methods(engine, caretaker, content, starts), engine.db.batch)
         _listen(server, address)
         manager = CacheManager(engine.db, engine.driver)
         calls = {"containerd": server.calls, "docker": Calls()}
         with (
-            _kept_tidy(manager),
+            _at_work(manager),
+            _at_work(starts),
             _running(server, caretaker, content),
-            plugin.serving(engine, caretaker, docker_plugin, calls["docker"]) if docker_plugin else nullcontext(),
-            serving(config.metrics, registry(engine, manager, calls)) if config.metrics else nullcontext(),
+            plugin.serving(engine, caretaker, docker_plugin, calls["docker"], starts)
+            if docker_plugin
+            else nullcontext(),
+            _metrics(config.metrics, engine, manager, starts, calls),
         ):
             notify(f"READY=1\nSTATUS=serving {config.root} on {address}")
             log.info("serving %s on %s with the driver %s", config.root, address, engine.driver.name)
@@ -80,9 +91,11 @@ def serve(config: Config, address: Path, containerd: str, docker_plugin: Path | 
             log.info("stopping: waiting for calls under way")
 
 
-def methods(engine: Engine, caretaker: Caretaker, content: ContentStore) -> dict[str, Method]:
+def methods(
+    engine: Engine, caretaker: Caretaker, content: ContentStore, starts: Starts | None = None
+) -> dict[str, Method]:
     """What is served to containerd, by path."""
-    forest = Forest(engine, "containerd", caretaker)
+    forest = Forest(engine, "containerd", caretaker, starts)
     services = (
         SnapshotService(forest, caretaker.clean_up),
         DiffService(forest, content),
@@ -106,13 +119,28 @@ def _running(server: Server, caretaker: Caretaker, content: ContentStore) -> Ite
 
 
 @contextmanager
-def _kept_tidy(manager: CacheManager) -> Iterator[None]:
-    """Drop what is cached twice when memory gets short, while the body runs."""
-    manager.start()
+def _at_work(helper: CacheManager | Starts) -> Iterator[None]:
+    """Let it do its work while the body runs."""
+    helper.start()
     try:
         yield
     finally:
-        manager.stop()
+        helper.stop()
+
+
+@contextmanager
+def _metrics(
+    address: str | None, engine: Engine, manager: CacheManager, starts: Starts, calls: Mapping[str, Calls]
+) -> Iterator[None]:
+    """Tell Prometheus while the body runs, if an address is given."""
+    if address is None:
+        yield
+        return
+    from hpmapper.metrics.collect import registry  # 80 ms to import: only for those who want it
+    from hpmapper.metrics.serve import serving
+
+    with serving(address, registry(engine, manager, starts, calls)):
+        yield
 
 
 def _allow_many_files() -> None:

@@ -33,7 +33,7 @@ from hpmapper.drivers.base import ChainBelow, Driver, Fresh, Ingested, MountSpec
 from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
-from hpmapper.meta import snapshots, totals
+from hpmapper.meta import profiles, snapshots, totals
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Layer, Snapshot
 from hpmapper.model import Change, Kind, ObjectDigest, SnapshotId, Usage
@@ -623,6 +623,7 @@ class Engine:
         with self.db.transaction() as transaction:
             objects = snapshots.forget_unused_objects(transaction)
             snapshots.forget_unused_blobs(transaction)
+            profiles.forget_unused(transaction)
         faults.point("collect.objects-forgotten")
         try:
             self.driver.sweep_objects(self._known_objects, timeout)

@@ -99,6 +99,12 @@ class Watcher(Protocol):
     def removed(self, snapshot: Snapshot) -> None: ...
 
 
+class Starts(Protocol):
+    """Whoever wants to know that a container is about to start. Told on the way of a call: it must be quick."""
+
+    def starting(self, snapshot: Snapshot, *, mounted: bool) -> None: ...
+
+
 def _told_outside(method: Callable[_P, _T]) -> Callable[_P, _T]:
     """A method of `Forest` whose errors name snapshots as the owner does, without what the database has before it."""
 
@@ -117,12 +123,15 @@ def _told_outside(method: Callable[_P, _T]) -> Callable[_P, _T]:
 class Forest:
     """One owner's snapshots. For use by several threads."""
 
-    def __init__(self, engine: Engine, owner: str, watcher: Watcher | None = None) -> None:
-        """`watcher` is told what there is to be done later."""
+    def __init__(
+        self, engine: Engine, owner: str, watcher: Watcher | None = None, starts: Starts | None = None
+    ) -> None:
+        """`watcher` is told what there is to be done later, `starts` which containers begin."""
         self.engine = engine
         self._db = engine.db
         self.prefix = f"{owner}:"
         self._watcher = watcher
+        self._starts = starts
 
     # Looking.
 
@@ -161,7 +170,15 @@ class Forest:
             FailedPrecondition: it is committed.
         """
         snapshot = self.get(key)
-        return self.engine.handout(snapshot, ids=self._ids(snapshot))
+        labels = snapshots.labels(self._db, snapshot.id)
+        if TARGET_LABEL not in labels:
+            self.begins(snapshot)
+        return self.engine.handout(snapshot, ids=_id_mapping(labels))
+
+    def begins(self, snapshot: Snapshot, *, mounted: bool = True) -> None:
+        """A container may be about to start on a snapshot: it was made, or (`mounted`) its root is asked for."""
+        if self._starts and snapshot.kind is Kind.ACTIVE and snapshot.parent is not None:
+            self._starts.starting(snapshot, mounted=mounted)
 
     # Growing.
 
@@ -191,7 +208,9 @@ class Forest:
             snapshots.add_labels(transaction, snapshot, labels)
 
         recorded = self.engine.record(inner, below, kind, label, size=size or _size_limit(labels, kind))
-        if (watcher := self._watcher) and TARGET_LABEL in labels:
+        if TARGET_LABEL not in labels:
+            self._db.afterwards(lambda: self.begins(recorded.snapshot, mounted=False))
+        elif watcher := self._watcher:
             self._db.afterwards(lambda: watcher.unpacking(recorded.snapshot))
         return recorded
 

@@ -106,10 +106,11 @@ class Images:
 
     def keep_profile(self, row: ImageRow, data: bytes) -> None:
         """Keep a profile that came with an image, unless it already has one of this machine."""
-        if profiles.find(self._db, row.id) is not None:
+        named = profiles.chain_of(self._db, row.top)
+        if named is None or profiles.find(self._db, named[0]) is not None:
             return
         try:
-            files = ImageFiles(self._db, self._engine.driver, row)
+            files = ImageFiles(self._db, self._engine.driver, row.top)
             keep(self._db, files, decode(data, f"start profile of {row.id}"))
         except Unsupported:
             pass  # another driver
@@ -198,7 +199,8 @@ class Images:
         for snapshot in self.layers(row):
             unpacked = self._unpacked(snapshot)
             layers.append(SavedLayer(unpacked.diff_id, unpacked.size, self._opener(snapshot)))
-        profile = profiles.find(self._db, row.id)
+        named = profiles.chain_of(self._db, row.top)
+        profile = profiles.find(self._db, named[0]) if named else None
         return SavedImage(row.names, row.config, tuple(layers), profile[0] if profile else b"")
 
     def _opener(self, snapshot: Snapshot) -> Callable[[], BinaryIO]:

@@ -46,7 +46,7 @@ def root(tmp_path: Path) -> Iterator[CacheRoot]:
 
 
 def files_of(root: CacheRoot, image: str = "one") -> ImageFiles:
-    return ImageFiles(root.engine.db, root.engine.driver, root.images.find(image))
+    return ImageFiles(root.engine.db, root.engine.driver, root.images.find(image).top)
 
 
 def sizes(root: CacheRoot) -> dict[str, int]:
@@ -70,13 +70,13 @@ def a_start(path: Path) -> None:
 
 @contextmanager
 def started(root: CacheRoot, **settings: Any) -> Iterator[None]:
-    row = root.images.find("one")
-    with starting(root.engine.db, root.engine.driver, row, StartSettings(**settings)):
+    top = root.images.find("one").top
+    with starting(root.engine.db, root.engine.driver, top, StartSettings(**settings)):
         yield
 
 
 def recorded(root: CacheRoot) -> Profile:
-    profile = load(root.engine.db, root.images.find("one"))
+    profile = load(root.engine.db, root.images.find("one").top)
     assert profile is not None
     return profile
 
@@ -138,7 +138,7 @@ def test_recording_and_replaying_can_be_turned_off(root: CacheRoot) -> None:
     _, path = root.container("one", "first")
     with started(root, record=False):
         a_start(path)
-    assert load(root.engine.db, root.images.find("one")) is None
+    assert load(root.engine.db, root.images.find("one").top) is None
     record_cold(root)
     root.forget()
     with started(root, replay=False):
@@ -151,7 +151,7 @@ def test_the_window_ends_a_recording(root: CacheRoot) -> None:
     root.forget()
     with started(root, window=0.3):
         (path / "read").read_bytes()
-        until(lambda: load(root.engine.db, root.images.find("one")) is not None)
+        until(lambda: load(root.engine.db, root.images.find("one").top) is not None)
         (path / "untouched").read_bytes()
     assert len(recorded(root).objects) == 1
 
@@ -176,7 +176,7 @@ def test_a_false_profile_does_no_harm_to_its_image(root: CacheRoot, tmp_path: Pa
     image = root.images.saved(root.images.find("one"))
     save([image._replace(start_profile=b"nonsense")], tmp_path / "saved", SaveForm.LAYOUT)
     root.images.bring(f"oci:{tmp_path}/saved", SourceOptions(spool=tmp_path), ["again"], Silent())
-    assert load(root.engine.db, root.images.find("again")) is None
+    assert load(root.engine.db, root.images.find("again").top) is None
 
 
 def test_a_sweep_is_bounded_by_memory(root: CacheRoot) -> None:

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hpmapper.cache.manager import CacheManager
 from hpmapper.cache.overview import Observer
+from hpmapper.cache.starts import Starts
 from hpmapper.engine import Blob
 from hpmapper.kernel.sync import syncfs
 from hpmapper.layer.stream import Expected
@@ -123,7 +124,7 @@ def test_metrics_of_a_root(root: CacheRoot) -> None:
     root.image("k", {"big": BIG})  # the same layer
     root.container(image, "worker")
     manager = CacheManager(root.engine.db, root.engine.driver)
-    found = registry(root.engine, manager, {"containerd": Calls()})
+    found = registry(root.engine, manager, Starts(root.engine.db, root.engine.driver), {"containerd": Calls()})
     assert values(found, "info").keys() == {("hpmapper", values_version())}
     space = values(found, "pool_bytes")
     assert 0 < space[("free",)] < space[("total",)]

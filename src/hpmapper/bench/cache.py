@@ -238,7 +238,7 @@ def start_when_told(options: argparse.Namespace) -> None:
         sys.stdin.readline()
         begin = time.perf_counter()
         settings = StartSettings(replay=options.profile, record=False)
-        with starting(opened.engine.db, opened.engine.driver, image, settings):
+        with starting(opened.engine.db, opened.engine.driver, image.top, settings):
             row = containers.create(image.id)
             root = containers.mount(row)
             status = run_inside(root, options.cases)
@@ -348,18 +348,18 @@ def _record(one: Place, image: str, command: Sequence[str]) -> None:
     containers = Containers(one.engine)
     container = containers.create(image)
     root = containers.mount(container)
-    files = ImageFiles(one.engine.db, one.engine.driver, row)
+    files = ImageFiles(one.engine.db, one.engine.driver, row.top)
     drop_caches()
 
     def accompany(side: Side) -> None:
-        store_beside(one.engine.db.path, row, start.record(files, side, 60, cold=True))
+        store_beside(one.engine.db.path, files, start.record(files, side, 60, cold=True))
 
     with Beside(accompany) as helper:
         helper.wait_ready()
         if run_inside(root, command):
             raise Unsupported(f"the command of {image} failed")
     containers.remove(container)
-    found = start.load(one.engine.db, row)
+    found = start.load(one.engine.db, row.top)
     assert found is not None
     print(f"profile of {image}: {len(found.objects)} objects, {found.size / MIB:.1f} MiB", file=sys.stderr)
 
@@ -377,7 +377,7 @@ def record(options: argparse.Namespace) -> Samples:
     with on_xfs(options.work, "hpmapper") as (one,):
         for image, (layout, command) in _images_of(options).items():
             silent_bring(one.engine, layout, image, options.work)
-            files = ImageFiles(one.engine.db, one.engine.driver, Images(one.engine).find(image))
+            files = ImageFiles(one.engine.db, one.engine.driver, Images(one.engine).find(image).top)
             for _ in range(options.runs):
                 for name, method in methods.items():
                     container = Containers(one.engine).create(image)

@@ -1,7 +1,9 @@
 """A container's start: read ahead by its image's profile, or recorded if there is none.
 
-    with starting(db, driver, image, settings):
+    with starting(db, driver, top, settings):
         …                       the container runs
+
+`top` is the image's topmost snapshot. Profiles belong to layers, told by their chain ID, not to images' names.
 
 All of it happens in a process beside, in parallel with mounting and the runtime's set-up. Nothing here may keep a
 container from starting: what goes wrong is logged, and the start is as slow as it would have been.
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.places import Places, places
@@ -27,9 +30,8 @@ from hpmapper.drivers.base import Chain, Driver
 from hpmapper.errors import Corrupt, NotFound, Unsupported
 from hpmapper.meta import profiles, uses
 from hpmapper.meta.db import Database
-from hpmapper.meta.images import ImageRow
 from hpmapper.meta.snapshots import layers_below
-from hpmapper.model import ObjectDigest
+from hpmapper.model import ObjectDigest, SnapshotId
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +49,17 @@ class StartSettings:
 
 
 class ImageFiles:
-    """An image as far as its start is concerned.
+    """An image as far as its start is concerned. `chain_id`: what its profile is kept under, None if that is unknown.
 
     Raises:
         Unsupported: the driver has no objects, so nothing is known of files across images and machines.
     """
 
-    def __init__(self, db: Database, driver: Driver, image: ImageRow) -> None:
-        self.image = image
+    def __init__(self, db: Database, driver: Driver, top: SnapshotId | None) -> None:
         self.places: Places = places(driver)
-        self.chain: Chain = layers_below(db, image.top)
+        named = profiles.chain_of(db, top)
+        self.chain_id = named[0] if named else None
+        self.chain: Chain = layers_below(db, named[1] if named else top)
         by_layer = uses.objects_of_layers(db, self.chain)
         self.objects: set[ObjectDigest] = {digest for layer in self.chain for digest in by_layer.get(layer, ())}
         if self.objects and self.places.object_file(next(iter(self.objects))) is None:
@@ -69,13 +72,14 @@ class ImageFiles:
         forget(self.places, self.places.map_files(self.chain), self.objects)
 
 
-def load(db: Database, image: ImageRow) -> Profile | None:
+def load(db: Database, top: SnapshotId | None) -> Profile | None:
     """An image's profile, None if it has none (or a damaged one, which is logged)."""
-    found = profiles.find(db, image.id)
-    if found is None:
+    named = profiles.chain_of(db, top)
+    found = profiles.find(db, named[0]) if named else None
+    if named is None or found is None:
         return None
     try:
-        return decode(found[0], f"start profile of {image.id}")
+        return decode(found[0], f"start profile of {named[0]}")
     except Corrupt as error:
         log.warning("%s", error)
         return None
@@ -84,22 +88,23 @@ def load(db: Database, image: ImageRow) -> Profile | None:
 def keep(db: Database, files: ImageFiles, profile: Profile) -> Profile:
     """Store a profile with an image, without what is none of the image's; returns it as stored."""
     own = for_this_disk(profile.restricted(files.objects), files.places)
-    with db.transaction() as transaction:
-        profiles.store(transaction, files.image.id, own.encode())
+    if files.chain_id is not None:
+        with db.transaction() as transaction:
+            profiles.store(transaction, files.chain_id, own.encode())
     return own
 
 
-def replay(db: Database, driver: Driver, image: ImageRow) -> Swept | None:
+def replay(db: Database, driver: Driver, top: SnapshotId | None) -> Swept | None:
     """Read ahead what the image's profile says, now; None if it has none."""
-    profile = load(db, image)
-    files = ImageFiles(db, driver, image)
+    profile = load(db, top)
+    files = ImageFiles(db, driver, top)
     return sweep(profile, files.places, files.map_file) if profile else None
 
 
 @contextmanager
-def starting(db: Database, driver: Driver, image: ImageRow, settings: StartSettings) -> Iterator[None]:
+def starting(db: Database, driver: Driver, top: SnapshotId | None, settings: StartSettings) -> Iterator[None]:
     """While it lasts, a container of the image starts and runs."""
-    helper = _helper(db, driver, image, settings)
+    helper = _helper(db, driver, top, settings)
     try:
         yield
     finally:
@@ -107,18 +112,18 @@ def starting(db: Database, driver: Driver, image: ImageRow, settings: StartSetti
             helper.end()
 
 
-def _helper(db: Database, driver: Driver, image: ImageRow, settings: StartSettings) -> Beside | None:
+def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: StartSettings) -> Beside | None:
     try:
-        profile = load(db, image)
-        if image.top is None or not (settings.replay if profile else settings.record):
+        profile = load(db, top)
+        if top is None or not (settings.replay if profile else settings.record):
             return None
         if profile is not None and (profile.cold or not settings.record):
-            map_file = next(iter(places(driver).map_files(layers_below(db, image.top))), None)
+            map_file = next(iter(places(driver).map_files(layers_below(db, top))), None)
             return Beside(lambda side: _sweep(profile, places(driver), map_file))
-        files = ImageFiles(db, driver, image)
+        files = ImageFiles(db, driver, top)
     except Unsupported:
         return None  # nothing to be done about it, and nothing to be told at each start
-    if not files.objects:
+    if not files.objects or files.chain_id is None:
         return None
     helper = Beside(lambda side: _record_or_sweep(side, db.path, profile, files, settings.window))
     if profile is None:
@@ -136,30 +141,40 @@ def _record_or_sweep(side: Side, database: Path, known: Profile | None, files: I
     if known is not None and not cold:
         sweep(known, files.places, files.map_file)
         return
-    store_beside(database, files.image, record(files, side, window, cold=cold))
+    store_beside(database, files, record(files, side, window, cold=cold))
 
 
-def store_beside(database: Path, image: ImageRow, profile: Profile) -> None:
+def store_beside(database: Path, files: ImageFiles, profile: Profile) -> None:
     """Store a profile from a process beside, which must not touch SQLite: its maker has the database open.
 
     (sqlite.org/howtocorrupt.html, "Carrying an open database connection across a fork".)
     """
-    command = [sys.executable, "-m", "hpmapper.cache.start", str(database), image.id]
+    command = [sys.executable, "-m", "hpmapper.cache.start", str(database), files.chain_id or ""]
     subprocess.run(command, input=profile.encode(), check=False)
 
 
-def main(database: str, image_id: str) -> None:
+def main(database: str, chain_id: str) -> None:
     """Store the profile that stands on standard input."""
-    profile = decode(sys.stdin.buffer.read(), f"start profile of {image_id}")
+    profile = decode(sys.stdin.buffer.read(), f"start profile of {chain_id}")
     with closing(Database(Path(database))) as db, db.transaction() as transaction:
         try:
-            profiles.store(transaction, image_id, profile.encode())
+            profiles.store(transaction, chain_id, profile.encode())
         except NotFound:
             pass  # the image was removed meanwhile
 
 
+class Told(Protocol):
+    """Whoever says when it is enough: `told` is readable then. `ready` is called when watching has begun."""
+
+    @property
+    def told(self) -> int: ...
+
+    @property
+    def ready(self) -> Callable[[], None]: ...
+
+
 def record(
-    files: ImageFiles, side: Side, window: float, *, cold: bool, is_ready: Callable[[], bool] = lambda: False
+    files: ImageFiles, side: Told, window: float, *, cold: bool, is_ready: Callable[[], bool] = lambda: False
 ) -> Profile:
     """Watch until time is up, the side is told to end, or the container `is_ready`."""
     began = time.monotonic()

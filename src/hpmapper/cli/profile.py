@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.names import names_of_image
-from hpmapper.cache.profile import Profile
-from hpmapper.cache.start import WINDOW, ImageFiles, StartSettings, load, record, store_beside
+from hpmapper.cache.profile import Profile, decode
+from hpmapper.cache.start import WINDOW, ImageFiles, StartSettings, keep, load, record, store_beside
 from hpmapper.cli import output
 from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.run import run_container
 from hpmapper.cli.session import Session, session
 from hpmapper.cli.state import State, json_option, pass_state
 from hpmapper.errors import FailedPrecondition, NotFound
-from hpmapper.meta import profiles
+from hpmapper.image import artifact
+from hpmapper.meta import profiles, snapshots
 from hpmapper.meta.images import ImageRow
+from hpmapper.model import SnapshotId
 from hpmapper.runtime.run import find_runtime
 from hpmapper.runtime.spec import Options
 
@@ -37,6 +41,60 @@ def profile() -> None:
 _image = click.argument("image", metavar="IMAGE")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Layers:
+    """What has a profile: an image of ours, or layers of containerd's or Docker's, told by their chain ID."""
+
+    name: str
+    top: SnapshotId | None
+    image: ImageRow | None = None
+
+
+def _find(opened: Session, word: str) -> _Layers:
+    """An image by its name or id, or layers by their chain ID.
+
+    Raises:
+        NotFound: there is neither.
+    """
+    try:
+        row = opened.images.find(word)
+    except NotFound:
+        known = snapshots.with_chain_id(opened.engine.db, word) or profiles.labelled(opened.engine.db, word)
+        if not known:
+            raise
+        return _Layers(word, known[0].id)
+    return _Layers((*row.names, row.id)[0], row.top, row)
+
+
+@profile.command("ls")
+@json_option
+@pass_state
+def list_(state: State) -> None:
+    """List the layers that have a profile.
+
+    By chain ID, with the names of our images that consist of them; containerd and Docker know the names of theirs.
+    """
+    with session(state) as opened:
+        db = opened.engine.db
+        names: dict[str, list[str]] = {}
+        for row in opened.images.all():
+            found = profiles.chain_of(db, row.top)
+            if found:
+                names.setdefault(found[0], []).extend(row.names or (row.id,))
+        facts = [_listed(one, names.get(one.chain_id, [])) for one in profiles.all_of(db)]
+    rows = [
+        (one["chain_id"], output.size(one["bytes"]), str(one["objects"]), ", ".join(one["images"]) or "-")
+        for one in facts
+    ]
+    output.show(state, facts, lambda: output.table(("LAYERS", "READ AHEAD", "OBJECTS", "IMAGES"), rows))
+
+
+def _listed(one: profiles.Stored, names: list[str]) -> dict[str, Any]:
+    found = decode(one.profile, f"start profile of {one.chain_id}")
+    facts = {"chain_id": one.chain_id, "images": names, "recorded": output.timestamp(one.recorded)}
+    return facts | {"cold": found.cold, "objects": len(found.objects), "bytes": found.size}
+
+
 @profile.command()
 @_image
 @click.option("--files", is_flag=True, help="List the files.")
@@ -45,37 +103,31 @@ _image = click.argument("image", metavar="IMAGE")
 def show(state: State, image: str, files: bool) -> None:
     """Show what is read ahead for IMAGE."""
     with session(state) as opened:
-        row = opened.images.find(image)
-        found = _load(opened, row)
-        facts = _facts(row, found, _recorded(opened, row))
+        layers = _find(opened, image)
+        found = _load(opened, layers)
+        facts = _facts(opened, layers, found)
         if files:
-            facts["files"] = _files(opened, row, found)
+            facts["files"] = _files(opened, layers, found)
     output.show(state, facts, lambda: _text(facts))
 
 
-def _load(opened: Session, row: ImageRow) -> Profile:
-    found = load(opened.engine.db, row)
+def _load(opened: Session, layers: _Layers) -> Profile:
+    found = load(opened.engine.db, layers.top)
     if found is None:
         raise NotFound(
-            f"image {_name(row)} has no start profile", hint=f"hpmapper profile record {_name(row)}, or run it once"
+            f"{layers.name} has no start profile", hint=f"hpmapper profile record {layers.name}, or run it once"
         )
     return found
 
 
-def _recorded(opened: Session, row: ImageRow) -> int:
-    found = profiles.find(opened.engine.db, row.id)
-    return found[1] if found else 0
-
-
-def _name(row: ImageRow) -> str:
-    return (*row.names, row.id)[0]
-
-
-def _facts(row: ImageRow, found: Profile, recorded: int) -> dict[str, Any]:
+def _facts(opened: Session, layers: _Layers, found: Profile) -> dict[str, Any]:
+    named = profiles.chain_of(opened.engine.db, layers.top)
+    stored = profiles.find(opened.engine.db, named[0]) if named else None
     return {
-        "image": _name(row),
-        "id": row.id,
-        "recorded": output.timestamp(recorded),
+        "image": layers.name,
+        "id": layers.image.id if layers.image else None,
+        "chain_id": named[0] if named else None,
+        "recorded": output.timestamp(stored[1] if stored else 0),
         "cold": found.cold,
         "seconds": round(found.seconds, 3),
         "objects": len(found.objects),
@@ -84,8 +136,8 @@ def _facts(row: ImageRow, found: Profile, recorded: int) -> dict[str, Any]:
     }
 
 
-def _files(opened: Session, row: ImageRow, found: Profile) -> list[dict[str, Any]]:
-    files = ImageFiles(opened.engine.db, opened.engine.driver, row)
+def _files(opened: Session, layers: _Layers, found: Profile) -> list[dict[str, Any]]:
+    files = ImageFiles(opened.engine.db, opened.engine.driver, layers.top)
     names = names_of_image(files.map_file, {digest for digest, _ in found.objects}) if files.map_file else {}
     return [
         {"path": names.get(digest, digest.hex()), "ranges": [list(run) for run in runs]}
@@ -117,12 +169,51 @@ def drop(state: State, image: str) -> None:
     The next `run` records another.
     """
     with session(state) as opened:
-        row = opened.images.find(image)
+        layers = _find(opened, image)
+        named = profiles.chain_of(opened.engine.db, layers.top)
         with opened.engine.db.transaction() as transaction:
-            had = profiles.drop(transaction, row.id)
+            had = named is not None and profiles.drop(transaction, named[0])
     if not had:
-        raise NotFound(f"image {_name(row)} has no start profile")
-    output.show(state, {"image": _name(row)}, lambda: "")
+        raise NotFound(f"{layers.name} has no start profile")
+    output.show(state, {"image": layers.name}, lambda: "")
+
+
+@profile.command("save")
+@_image
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+@pass_state
+def save_(state: State, image: str, file: Path) -> None:
+    """Write the profile of IMAGE to FILE, as an OCI artifact.
+
+    An archive that `skopeo copy` and `oras` bring to any registry, for nodes whose images come through containerd.
+    IMAGE may be layers' chain ID.
+    """
+    with session(state) as opened:
+        layers = _find(opened, image)
+        found = _load(opened, layers)
+        named = profiles.chain_of(opened.engine.db, layers.top)
+        assert named is not None  # else it had no profile
+        artifact.save(file, named[0], found.encode())
+    output.show(state, {"chain_id": named[0], "file": str(file)}, lambda: "")
+
+
+@profile.command("load")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+@pass_state
+def load_(state: State, file: Path) -> None:
+    """Take the profile that FILE holds.
+
+    An archive or layout of `profile save`. Its layers have to be here. What they do not have is left out of it.
+    """
+    chain_id, data = artifact.read(file)
+    with session(state) as opened:
+        layers = _find(opened, chain_id)
+        files = ImageFiles(opened.engine.db, opened.engine.driver, layers.top)
+        found = keep(opened.engine.db, files, decode(data, f"start profile in {file}"))
+        facts = _facts(opened, layers, found)
+    output.show(state, facts, lambda: _text(facts))
 
 
 @profile.command("record", context_settings={"allow_interspersed_args": False})
@@ -145,28 +236,27 @@ def record_(
     find_runtime(runtime)
     with session(state) as opened:
         row = opened.images.find(image)
-        files = ImageFiles(opened.engine.db, opened.engine.driver, row)
-        if not files.objects:
-            raise FailedPrecondition(f"image {_name(row)} has no files that could be read ahead")
-        _record(opened, files, Options(command=tuple(command)), runtime, window, ready)
-        found = _load(opened, row)
-        facts = _facts(row, found, _recorded(opened, row))
+        layers = _find(opened, image)
+        if not ImageFiles(opened.engine.db, opened.engine.driver, row.top).objects:
+            raise FailedPrecondition(f"image {layers.name} has no files that could be read ahead")
+        _record(opened, row, Options(command=tuple(command)), runtime, window, ready)
+        facts = _facts(opened, layers, _load(opened, layers))
     output.show(state, facts, lambda: _text(facts))
 
 
 def _record(
-    opened: Session, files: ImageFiles, options: Options, runtime: str | None, window: float, ready: str | None
+    opened: Session, image: ImageRow, options: Options, runtime: str | None, window: float, ready: str | None
 ) -> None:
-    row = opened.containers.create(files.image.id)
+    row = opened.containers.create(image.id)
     place = opened.place(row.name)
     try:
         opened.containers.mount(row)  # so that the image's map is there, whole
-        files = ImageFiles(opened.engine.db, opened.engine.driver, files.image)
+        files = ImageFiles(opened.engine.db, opened.engine.driver, image.top)
         files.forget()
 
         def accompany(side: Side) -> None:
             found = record(files, side, window, cold=True, is_ready=_readiness(ready, row.name))
-            store_beside(opened.engine.db.path, files.image, found)
+            store_beside(opened.engine.db.path, files, found)
             place.kill()
 
         with Beside(accompany) as helper:

@@ -145,7 +145,7 @@ def run_container(
     """Run a container that exists; returns its exit status. Its root is mounted meanwhile, or longer if it was."""
     place = opened.place(container.name)
     image = opened.containers.image(container)
-    with place.held() as lock, starting(opened.engine.db, opened.engine.driver, image, start):
+    with place.held() as lock, starting(opened.engine.db, opened.engine.driver, image.top, start):
         was_mounted = container.snapshot in opened.mounted()
         root = opened.containers.mount(container)
         try:

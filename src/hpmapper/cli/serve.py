@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from hpmapper import daemon
+from hpmapper.cache.start import WINDOW, StartSettings
 from hpmapper.cli.session import config_of
 from hpmapper.cli.state import State
 
@@ -41,9 +42,27 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="ADDRESS",
     help="Tell Prometheus the metrics: on a unix socket, by its path, or a loopback address such as 127.0.0.1:9469.",
 )
+@click.option(
+    "--profile/--no-profile",
+    default=True,
+    help="Read ahead what starts of an image read; record it at the first one. On by default.",
+)
+@click.option(
+    "--profile-window",
+    type=click.FloatRange(min=0.1),
+    default=WINDOW,
+    metavar="SECONDS",
+    help="How long a start is recorded; by default 30.",
+)
 @click.pass_obj
 def serve(
-    state: State, address: Path, containerd_address: Path, docker_plugin: Path | None, metrics: str | None
+    state: State,
+    address: Path,
+    containerd_address: Path,
+    docker_plugin: Path | None,
+    metrics: str | None,
+    profile: bool,
+    profile_window: float,
 ) -> None:
     """Serve the root to containerd and Docker until told to stop.
 
@@ -55,4 +74,5 @@ def serve(
     config = config_of(state)
     if metrics is not None:
         config = dataclasses.replace(config, metrics=metrics)
-    daemon.serve(config, address.absolute(), str(containerd_address), docker_plugin)
+    start = StartSettings(replay=profile, record=profile, window=profile_window)
+    daemon.serve(config, address.absolute(), str(containerd_address), docker_plugin, start)

@@ -36,6 +36,9 @@ from hpmapper.pool.base import parse_size
 
 log = logging.getLogger(__name__)
 
+_INIT = "-init"
+"""How the ids of the layers end that Docker writes a container's own few files into."""
+
 _Write = Callable[[BinaryIO], None]
 
 
@@ -139,7 +142,10 @@ class Layers:
         with self._lock:
             key = self._mounted_key(layer)
             users = self._users_of(layer, key)
-            path = self._engine.mount(self._forest.get(key))
+            snapshot = self._forest.get(key)
+            if not layer.endswith(_INIT):
+                self._forest.begins(snapshot)
+            path = self._engine.mount(snapshot)
             self._users[layer] = users + 1
         return path
 

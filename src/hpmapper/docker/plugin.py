@@ -22,7 +22,7 @@ from hpmapper.docker.http import Request, Response, Server
 from hpmapper.docker.layers import Layers
 from hpmapper.engine import Engine
 from hpmapper.errors import HpmapperError, InvalidArgument, NotFound, Unsupported
-from hpmapper.forest import Forest
+from hpmapper.forest import Forest, Starts
 from hpmapper.model import ChangeKind
 from hpmapper.rpc.calls import Calls
 from hpmapper.rpc.status import code_of
@@ -61,12 +61,14 @@ _Asked = TypeVar("_Asked", _Init, _Layer)
 
 
 @contextmanager
-def serving(engine: Engine, caretaker: Caretaker, address: Path, calls: Calls | None = None) -> Iterator[None]:
+def serving(
+    engine: Engine, caretaker: Caretaker, address: Path, calls: Calls | None = None, starts: Starts | None = None
+) -> Iterator[None]:
     """Serve an engine's snapshots to Docker, on a unix socket, while the body runs; `calls` counts what is asked.
 
     Raises as `Server`.
     """
-    plugin = Plugin(Layers(Forest(engine, OWNER, caretaker), caretaker.clean_up), calls)
+    plugin = Plugin(Layers(Forest(engine, OWNER, caretaker, starts), caretaker.clean_up), calls)
     server = Server(address, plugin.handle, plugin.failed)
     server.start()
     try:

@@ -84,7 +84,7 @@ def save(
             with _new_directory(target) as directory:
                 _Writer(_DirectorySink(directory), compression, target.parent, progress).write(wanted, form)
             return
-        with _new_file(target) as out:
+        with new_file(target) as out:
             _write_tar(out, wanted, form, compression, target.parent, progress)
 
 
@@ -336,7 +336,7 @@ def _no_space(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _new_file(target: Path) -> Iterator[BinaryIO]:
+def new_file(target: Path) -> Iterator[BinaryIO]:
     """Yield a file that takes `target`'s place when all went well. Mode 0600, as Docker's: images hold secrets."""
     if target.exists() and not target.is_file():
         raise InvalidArgument(f"{target} is not a plain file and cannot be replaced by one")

@@ -6,7 +6,7 @@ objects and maps raw BLAKE3, digests of OCI things text ("sha256:…").
 
 from __future__ import annotations
 
-VERSION = 4
+VERSION = 5
 """Kept in `PRAGMA user_version`. A newer one is refused, an older one migrated by `MIGRATIONS`."""
 
 _FRONT_ENDS = """
@@ -44,6 +44,15 @@ _START_PROFILES = """
 -- What a container of the image reads while it starts (hpmapper.cache.profile has the format).
 CREATE TABLE start_profile (
     image    TEXT PRIMARY KEY REFERENCES image (id) ON DELETE CASCADE,
+    profile  BLOB NOT NULL,
+    recorded INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+
+_CHAIN_PROFILES = """
+-- What containers read while they start (hpmapper.cache.profile has the format), by the chain ID of their layers.
+CREATE TABLE chain_profile (
+    chain_id TEXT PRIMARY KEY,
     profile  BLOB NOT NULL,
     recorded INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -146,12 +155,19 @@ CREATE TABLE container (
 """
     + _FRONT_ENDS
     + _SIZE_LIMIT
-    + _START_PROFILES
+    + _CHAIN_PROFILES
 )
 
 MIGRATIONS: dict[int, str] = {
     1: "ALTER TABLE layer ADD COLUMN sealed INTEGER NOT NULL DEFAULT 0;\n" + _FRONT_ENDS,
     2: _SIZE_LIMIT,
     3: _START_PROFILES,
+    4: _CHAIN_PROFILES
+    + """
+INSERT OR IGNORE INTO chain_profile SELECT snapshot.key, profile, recorded
+FROM start_profile JOIN image ON image.id = start_profile.image JOIN snapshot ON snapshot.id = image.top
+WHERE snapshot.key LIKE 'sha256:%';
+DROP TABLE start_profile;
+""",
 }
 """From version N to N + 1."""

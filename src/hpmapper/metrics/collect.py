@@ -24,6 +24,8 @@ from hpmapper.cache.count import Counts
 from hpmapper.cache.manager import COUNTERS, CacheManager
 from hpmapper.cache.overview import Observer, Overview
 from hpmapper.cache.places import Places
+from hpmapper.cache.starts import COUNTERS as START_COUNTERS
+from hpmapper.cache.starts import Starts
 from hpmapper.cache.stat import total
 from hpmapper.drivers.devicemapper import DeviceMapperDriver, admin
 from hpmapper.engine import Engine
@@ -45,12 +47,13 @@ _WARNING, _CRITICAL = 80, 90
 """Percent of a thin pool in use from which on its severity is that, as for `hpmapper pool watch`."""
 
 
-def registry(engine: Engine, manager: CacheManager, calls: Mapping[str, Calls]) -> CollectorRegistry:
+def registry(engine: Engine, manager: CacheManager, starts: Starts, calls: Mapping[str, Calls]) -> CollectorRegistry:
     """All metrics of a daemon; `calls`: of each front end, by its name."""
     found = CollectorRegistry()
     found.register(Collected(lambda: root_metrics(engine)))
     found.register(Collected(lambda: call_metrics(calls)))
     found.register(Collected(lambda: manager_metrics(manager)))
+    found.register(Collected(lambda: start_metrics(starts)))
     if isinstance(engine.driver, Places):
         found.register(CacheCollector(Observer(engine.db, engine.driver)))
     ProcessCollector(registry=found)
@@ -132,6 +135,12 @@ def manager_metrics(manager: CacheManager) -> Iterator[Metric]:
     """Every decision of the cache manager."""
     for name, value in manager.counters().items():
         yield _counter(f"cache_manager_{name}", f"Of the cache manager: {COUNTERS[name]}.", value)
+
+
+def start_metrics(starts: Starts) -> Iterator[Metric]:
+    """What was done about starts of containerd's and Docker's containers."""
+    for name, value in starts.counters().items():
+        yield _counter(f"starts_{name}", f"Of containers of containerd and Docker: {START_COUNTERS[name]}.", value)
 
 
 def call_metrics(calls: Mapping[str, Calls]) -> Iterator[Metric]:
