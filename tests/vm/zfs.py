@@ -1,9 +1,9 @@
-"""A disk with ZFS's kernel modules for the guest: built from Debian's zfs-dkms in a tree of its own, by the host, cached.
+"""A disk with ZFS's kernel modules for the guest: built by the host from Debian's zfs-dkms, in a tree of its own; cached.
 
     CACHE/zfs-VERSION-RELEASE.img    ext4, the disk "zfs" of guests with that feature: spl.ko, zfs.ko
 
-VERSION is that of the image's own zfsutils-linux, RELEASE its kernel's. The build takes five to fifteen minutes natively
-(under emulation it would take hours), so that ./test leaves it to ./test --vm.
+VERSION is that of the image's own zfsutils-linux, RELEASE its kernel's. The build takes five to fifteen minutes (hours, if
+it were emulated), so that ./test leaves it to ./test --vm.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from hpmapper.files import Pieces, Segments, write_file
 from hpmapper.kernel import sync
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
-from hpmapper.layer.build import IMPLIED_ROOT, Below, LayerBuilder
+from hpmapper.layer.aufs import MAX_NAME
+from hpmapper.layer.build import IMPLIED_ROOT, OPAQUE_MARKER, WHITEOUT_PREFIX, Below, LayerBuilder
 from hpmapper.layer.recipe import RecipeWriter, replay
 from hpmapper.layer.scan import ESCAPED, OPAQUE, OVERLAY
 from hpmapper.layer.stream import Expected, LayerStream
@@ -33,9 +34,10 @@ from hpmapper.tree import Inode, walk
 
 
 class Dialect(Enum):
-    """How deletions are written: as overlayfs reads them, or by deleting in a copy of the layer below."""
+    """How deletions are written: as overlayfs or AUFS reads them, or by deleting in a copy of the layer below."""
 
     OVERLAY = "overlay"
+    AUFS = "aufs"
     APPLIED = "applied"
 
 
@@ -102,6 +104,8 @@ def fill(
         builder.read(stream)
         recipe.close()
         expect.verify(stream.digests)
+    if dialect is Dialect.AUFS:
+        _require_short_names(builder.root)
     _note_names(builder.root, sink.count, data, made)
     try:
         _Unpacker(made / "diff", data, dialect).unpack(builder.root)
@@ -137,6 +141,15 @@ def check(layer: Path) -> Iterator[str]:
             yield f"{layer / name} is missing"
 
 
+def _require_short_names(root: Inode) -> None:
+    for path, _ in walk(root):
+        if len(path) > MAX_NAME and len(path.rpartition(b"/")[2]) > MAX_NAME:
+            raise InvalidArgument(
+                f"the layer's {os.fsdecode(path)!r} has a longer name than AUFS shows: {MAX_NAME} bytes",
+                hint="another storage driver may hold it",
+            )
+
+
 def _note_names(root: Inode, count: int, data: Path, made: Path) -> None:
     """Write down where each of the tar's files goes, and put those aside that no longer have a place."""
     names = [b""] * count
@@ -159,7 +172,8 @@ class _Unpacker:
     def __init__(self, top: Path, data: Path, dialect: Dialect) -> None:
         self._top = os.fsencode(top)
         self._data = os.fsencode(data)
-        self._overlay = dialect is Dialect.OVERLAY
+        self._dialect = dialect
+        self._applied = dialect is Dialect.APPLIED
         self._made: dict[Inode, bytes] = {}
 
     def unpack(self, root: Inode) -> None:
@@ -183,7 +197,7 @@ class _Unpacker:
                 self._made[inode] = target
         for target, inode in reversed(directories):  # last, since filling a directory changes its times
             self._attributes(target, inode)
-        if not self._overlay and (IMPLIED_ROOT, b"y") in root.xattrs:
+        if self._applied and (IMPLIED_ROOT, b"y") in root.xattrs:
             os.utime(self._top, ns=(before, before))
 
     def _directory(self, target: bytes, inode: Inode) -> None:
@@ -193,18 +207,23 @@ class _Unpacker:
             if inode.opaque or not stat.S_ISDIR(os.lstat(target).st_mode):
                 self._clear(target)
                 os.mkdir(target, 0o700)
-        if self._overlay and inode.opaque:
+        if inode.opaque and self._dialect is Dialect.OVERLAY:
             os.setxattr(target, OPAQUE, b"y")
+        elif inode.opaque and self._dialect is Dialect.AUFS:
+            _mark(target + b"/" + OPAQUE_MARKER)
 
     def _whiteout(self, target: bytes) -> None:
-        if self._overlay:
+        if self._dialect is Dialect.OVERLAY:
             os.mknod(target, stat.S_IFCHR, 0)
+        elif self._dialect is Dialect.AUFS:
+            above, name = os.path.split(target)
+            _mark(above + b"/" + WHITEOUT_PREFIX + name)
         else:
             self._clear(target)
 
     def _clear(self, target: bytes) -> None:
         """Make room in a copy of the layer below."""
-        if self._overlay:
+        if not self._applied:
             return
         try:
             os.unlink(target)
@@ -224,18 +243,23 @@ class _Unpacker:
             os.mknod(target, inode.mode, inode.rdev)
 
     def _attributes(self, target: bytes, inode: Inode) -> None:
-        if not self._overlay and (IMPLIED_ROOT, b"y") in inode.xattrs:
+        if self._applied and (IMPLIED_ROOT, b"y") in inode.xattrs:
             return  # the copy has the root attributes of the layer below
         os.chown(target, inode.uid, inode.gid, follow_symlinks=False)
         if not stat.S_ISLNK(inode.mode):
             os.chmod(target, stat.S_IMODE(inode.mode))  # after chown, which clears set-user-ID
-        if not self._overlay and inode.is_dir:
+        if self._applied and inode.is_dir:
             _drop_xattrs(target)
         for name, value in inode.xattrs:
-            if self._overlay and name.startswith(OVERLAY):
+            if self._dialect is Dialect.OVERLAY and name.startswith(OVERLAY):
                 name = ESCAPED + name.removeprefix(OVERLAY)  # an image must not speak to overlayfs (design trap 3)
             os.setxattr(target, name, value, follow_symlinks=False)
         os.utime(target, ns=(inode.mtime_ns, inode.mtime_ns), follow_symlinks=False)
+
+
+def _mark(path: bytes) -> None:
+    """Make an empty file that AUFS knows by its name."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444))
 
 
 def _drop_xattrs(target: bytes) -> None:

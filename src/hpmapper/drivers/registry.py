@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpmapper.drivers import devicemapper
+from hpmapper.drivers.aufs import AufsDriver
 from hpmapper.drivers.base import Driver, Verdict
 from hpmapper.drivers.btrfs import BtrfsDriver
 from hpmapper.drivers.hpmapper import HpmapperDriver
@@ -73,6 +74,11 @@ DRIVERS = (
         options=("btrfs.min_space",),
         needs_pool=True,
         pool_fs=PoolFs.BTRFS,
+    ),
+    Registered(
+        "aufs",
+        lambda root, pool, options: AufsDriver(root / "aufs"),
+        needs=(("mounting",), ("aufs",)),
     ),
     Registered(
         "devicemapper",
