@@ -204,7 +204,7 @@ def test_options_are_split_over_pages() -> None:
 def test_where_the_kernel_has_no_aufs_it_is_said_so(tmp_path: Path) -> None:
     if aufs.is_known():
         pytest.skip("this kernel has AUFS")
-    verdict = probe(by_name("aufs"), tmp_path, PoolConfig(PoolKind.LOOP))
+    verdict = probe(by_name("aufs"), tmp_path, PoolConfig(PoolKind.LOOP), {})
     assert not verdict.works
     assert "/proc/filesystems" in verdict.why
     assert "no mainline kernel" in verdict.why

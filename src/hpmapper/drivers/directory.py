@@ -4,6 +4,7 @@ l/ID/diff        the layer's files: what it adds (overlay), or the whole root (d
 l/ID/tar         the recipe of its tar; its references are the numbers of files in the tar
 l/ID/names       the path of each number, NUL-terminated; empty for a file that the same tar replaced later
 l/ID/superseded  those files, by number
+l/ID/unlinked    if it is there: see LOST_LINKS
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from hpmapper.layer.stream import Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId
 from hpmapper.store.workspace import discard, remove_tree
 from hpmapper.tree import Inode, walk
+
+LOST_LINKS = "unlinked"
+"""A file in a layer that deletes in a copy of the one below: it took one of several names of a file, or more."""
 
 
 class Dialect(Enum):
@@ -108,14 +112,25 @@ def fill(
         _require_short_names(builder.root)
     _note_names(builder.root, sink.count, data, made)
     try:
-        _Unpacker(made / "diff", data, dialect).unpack(builder.root)
+        unpacker = _Unpacker(made / "diff", data, dialect)
+        unpacker.unpack(builder.root)
     except OSError as error:
         raise _explained(error) from error
+    if unpacker.lost_links:
+        (made / LOST_LINKS).touch()
     data.rmdir()
     faults.point("ingest.unpacked")
     sync.syncfs(work)
     faults.point("ingest.synced")
     return Ingested(layer, stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries)
+
+
+def drop_recipe(layer: Path) -> None:
+    """Take away what a copy of a layer has beside the tree: what the tar of the layer below is made again from."""
+    for name in ("tar", "names"):
+        (layer / name).unlink(missing_ok=True)
+    if (layer / "superseded").exists():
+        remove_tree(layer / "superseded")
 
 
 def read_tar(layer: Path) -> Iterator[bytes]:
@@ -167,6 +182,8 @@ class _Unpacker:
     """Makes a tree real below a directory that nobody else touches.
 
     The tree's paths hold no symlinks and every directory on the way is made or checked first, so joined paths are safe.
+
+    `lost_links`: of a file with several names in the layer below, one has gone.
     """
 
     def __init__(self, top: Path, data: Path, dialect: Dialect) -> None:
@@ -175,6 +192,7 @@ class _Unpacker:
         self._dialect = dialect
         self._applied = dialect is Dialect.APPLIED
         self._made: dict[Inode, bytes] = {}
+        self.lost_links = False
 
     def unpack(self, root: Inode) -> None:
         directories = []
@@ -225,6 +243,7 @@ class _Unpacker:
         """Make room in a copy of the layer below."""
         if not self._applied:
             return
+        self.lost_links = self.lost_links or _has_links(target)
         try:
             os.unlink(target)
         except FileNotFoundError:
@@ -255,6 +274,18 @@ class _Unpacker:
                 name = ESCAPED + name.removeprefix(OVERLAY)  # an image must not speak to overlayfs (design trap 3)
             os.setxattr(target, name, value, follow_symlinks=False)
         os.utime(target, ns=(inode.mtime_ns, inode.mtime_ns), follow_symlinks=False)
+
+
+def _has_links(target: bytes) -> bool:
+    """Whether a file, or one below a directory, has several names."""
+    try:
+        status = os.lstat(target)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(status.st_mode):
+        return status.st_nlink > 1
+    files = (os.path.join(here, name) for here, _, names in os.walk(target) for name in names)
+    return any(os.lstat(file).st_nlink > 1 for file in files)
 
 
 def _mark(path: bytes) -> None:

@@ -242,6 +242,16 @@ def _simple_quotas(scratch: Path) -> str:
     return "btrfs names them among its features"
 
 
+def _zfs(scratch: Path) -> str:
+    try:
+        with fscontext.fsopen("zfs", "hpmapper-probe"):
+            return "the kernel has it"
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        raise _Missing("the kernel has no module of that name loaded") from None
+
+
 # --- overlay
 
 
@@ -495,6 +505,7 @@ PROBES: tuple[_Probe, ...] = (
         "Linux 6.7 or newer, and btrfs loaded (modprobe btrfs)",
         _simple_quotas,
     ),
+    _Probe("zfs", "the zfs driver", "modprobe zfs (Debian: apt install zfs-dkms zfsutils-linux)", _zfs),
     _Probe(
         "aufs",
         "the aufs driver with its directories here",
