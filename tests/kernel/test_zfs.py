@@ -233,6 +233,7 @@ def test_a_dataset_has_one_root(tmp_path: Path, made: ZfsDriver, fsname: str) ->
     with pytest.raises(FailedPrecondition, match="belongs to another root") as caught:
         ZfsDriver(tmp_path / "other", fsname).attach()
     assert "zfs inherit hpmapper:root" in caught.value.hint
+    assert not (tmp_path / "other").exists()
     below = f"{fsname}/below"
     run_tool(["zfs", "create", below])
     other = ZfsDriver(tmp_path / "third", below)

@@ -177,29 +177,22 @@ class Datasets:
         """Bring all that was written to disk: until then no property counts it."""
         run_tool(["zpool", "sync", self.pool])
 
-    def own(self, root: str) -> None:
-        """Note that all in FSNAME is one root's.
+    def owner(self) -> str | None:
+        """The id of the root whose datasets lie in FSNAME; None: it is free.
 
         Raises:
-            FailedPrecondition: it is another's.
+            NotFound: there is no such dataset.
         """
-        owner = self._owner()
-        if owner is None:
-            _zfs("set", f"{OWNER}={root}", self.fsname)
-        elif owner != root:
-            raise FailedPrecondition(
-                f"the dataset {self.fsname} belongs to another root",
-                hint=f"name another one in zfs.fsname; if that root is gone, destroy what is in it, and "
-                f"zfs inherit {OWNER} {self.fsname}",
-            )
-
-    def _owner(self) -> str | None:
         source, value = _zfs("get", "-H", "-p", "-o", "source,value", OWNER, self.fsname).rstrip("\n").split("\t")
         return value if source in ("local", "received") else None  # another root may have the dataset above
 
+    def own(self, root: str) -> None:
+        """Note that all in FSNAME is one root's."""
+        _zfs("set", f"{OWNER}={root}", self.fsname)
+
     def disown(self, root: str) -> None:
         """Give FSNAME back, emptied, if it is the root's: clones are newer than what they are clones of."""
-        if self._owner() != root:
+        if self.owner() != root:
             return
         left = [(role, number) for role, numbers in self.numbers().items() for number in numbers]
         for role, number in sorted(left, key=lambda one: one[1], reverse=True):

@@ -107,15 +107,28 @@ class ZfsDriver(directory.DirectoryLayers):
                 f"the data of this root is in the dataset {known[0]}, not {self._fsname}",
                 hint=f"leave out {FSNAME}, or name another --root",
             )
-        fsname = known[0] if known else self._fsname or dataset_of(self.home)
-        datasets.require(fsname)
+        self._datasets = Datasets(known[0] if known else self._fsname or dataset_of(self.home))
+        owner = self._owner()
+        if owner is not None and (known is None or owner != known[1]):
+            raise FailedPrecondition(
+                f"the dataset {self._datasets.fsname} belongs to another root",
+                hint=f"name another one in {FSNAME}; if that root is gone, destroy what is in it, and "
+                f"zfs inherit {datasets.OWNER} {self._datasets.fsname}",
+            )
         for name in ("a", "l", "t"):
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        known = known or self._remember(fsname)
+        known = known or self._remember(self._datasets.fsname)
         faults.point("zfs.dataset-recorded")
-        self._datasets = Datasets(fsname)
-        self._datasets.own(known[1])
+        if owner is None:
+            self._datasets.own(known[1])
         self._limits = Quotas(self._datasets)
+
+    def _owner(self) -> str | None:
+        try:
+            return self._datasets.owner()
+        except NotFound:
+            datasets.require(self._datasets.fsname)  # which says whether it is the pool that is missing
+            raise
 
     def _known(self) -> tuple[str, str] | None:
         """The name of the dataset and this root's id, as they were written down."""
