@@ -254,7 +254,8 @@ class ZfsDriver(directory.DirectoryLayers):
             self._limits.check(size)
         top = self._snapshot(snapshot)
         if not self.has(snapshot):
-            (top / "fs").mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (top, top / "fs"):
+                path.mkdir(mode=0o700, exist_ok=True)
             self._datasets.make(Role.SNAPSHOT, snapshot, self._origin(chain))
             faults.point("zfs.dataset-made")
             if not chain:
@@ -274,8 +275,8 @@ class ZfsDriver(directory.DirectoryLayers):
         return self._snapshot(snapshot) / "m"
 
     def seal(self, snapshot: SnapshotId) -> bool:
-        if mount.is_mountpoint(self.root(snapshot)):
-            sync.syncfs(self.root(snapshot))  # what is mapped into memory is not yet ZFS's
+        with mount.detached("zfs", self._datasets.name(Role.SNAPSHOT, snapshot)) as whole:
+            sync.syncfs(whole)  # what is mapped into memory, whoever has it mounted where, is not yet ZFS's
         self._datasets.finish(Role.SNAPSHOT, snapshot)
         return True
 
