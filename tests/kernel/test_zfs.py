@@ -280,7 +280,7 @@ def test_storage_that_is_half_gone_is_not_there(made: ZfsDriver, fsname: str) ->
     made.unmount(ONE)
     run_tool(["zfs", "destroy", "-R", f"{fsname}/l1"])
     assert list(made.check_layer(BASE, None))
-    with pytest.raises(NotFound, match="hpmapper fsck"):
+    with pytest.raises(NotFound, match="does not exist"):
         made.prepare(TWO, [BASE])
 
 
