@@ -9,6 +9,8 @@
     size = "200G"
     [dm]
     basesize = "20G"
+    [zfs]
+    fsname = "tank/hpmapper"
 
 daemon.json may hold any of Docker's other keys, which are Docker's business; our own file may not hold unknown ones.
 """
@@ -37,7 +39,8 @@ _Choice = TypeVar("_Choice", PoolKind, PoolFs)
 _DOCKERS_NAMES = {"size": "vfs.size"}
 """Options that Docker's drivers call otherwise."""
 
-_KEYS = ("storage-driver", "storage-opts", "root", "metrics", "pool", "dm", "min_free_space")
+_TABLES = ("pool", "dm", "zfs")
+_KEYS = ("storage-driver", "storage-opts", "root", "metrics", *_TABLES, "min_free_space")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def _known(name: str) -> str:
     known = {*POOL_OPTIONS, *(option for driver in DRIVERS for option in driver.options)}
     bare = name.strip().removeprefix("hpmapper.")
     bare = _DOCKERS_NAMES.get(bare, bare)
-    bare = bare.lower() if bare.lower().startswith("dm.") else bare  # as Docker's devicemapper driver took it
+    bare = bare.lower() if bare.lower().startswith(("dm.", "zfs.")) else bare  # as Docker's drivers took them
     if bare not in known:
         raise InvalidArgument(f"there is no storage option {name!r}", hint=nearest(bare, known))
     return bare
@@ -173,9 +176,11 @@ class _Reader:
         return config
 
     def _nested(self, table: Mapping[str, object]) -> list[str]:
-        words = [f"pool.{key}={value}" for key, value in self._table(table.get("pool", {}), "pool").items()]
-        for key, value in self._table(table.get("dm", {}), "dm").items():
-            words += [f"dm.{key}={one}" for one in (value if isinstance(value, list) else [value])]
+        words = []
+        for name in _TABLES:
+            for key, value in self._table(table.get(name, {}), name).items():
+                values = value if isinstance(value, list) and f"{name}.{key}" in REPEATABLE else [value]
+                words += [f"{name}.{key}={one}" for one in values]
         if "min_free_space" in table:
             words.append(f"min_free_space={table['min_free_space']}")
         return words

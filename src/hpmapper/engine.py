@@ -664,10 +664,9 @@ class Engine:
         """Remove storage that no row names; what is still in use stays until the next time."""
         stored = self.driver.stored()  # before the rows: whoever makes storage records the intent first
         known = snapshots.storage_ids(self.db)
-        for snapshot in stored.snapshots - known.snapshots:
-            self._remove_storage(snapshot)
-        for layer in stored.layers - known.layers:
-            self._remove_storage(layer)
+        unknown = (stored.snapshots - known.snapshots) | (stored.layers - known.layers)
+        for one in sorted(unknown, reverse=True):  # the newest first: what others were made of may have to stay (ZFS)
+            self._remove_storage(one)
 
     def _remove_storage(self, snapshot: SnapshotId) -> bool:
         """Remove all storage of that number; False: it is in use."""

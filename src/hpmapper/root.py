@@ -215,13 +215,13 @@ def _make(config: Config, db: Database, *, force: bool = False) -> tuple[Registe
     if asked is None and db.setting("pool") is None:  # else it is a pool that was being made
         asked = _prior(config.root)
     if asked is None:
-        registered, verdicts = registry.choose(config.root, config.pool)
+        registered, verdicts = registry.choose(config.root, config.pool, config.own_options)
         for name, verdict in verdicts.items():
             if not verdict.works:
                 log.warning("storage driver %s does not work here: %s", name, verdict.reason)
     else:
         registered = asked
-        verdict = registry.probe(registered, config.root, config.pool(registered))
+        verdict = registry.probe(registered, config.root, config.pool(registered), config.own_options(registered))
         if not verdict.works:
             raise Unsupported(f"storage driver {registered.name} does not work here: {verdict.reason}")
     _require_no_data(config.root, registered)

@@ -30,7 +30,7 @@ def containerd(request: pytest.FixtureRequest, pool: Path, monkeypatch: pytest.M
     setup = SETUPS[request.param.setup]
     command = f"{setup.command} {' '.join(_WINDOW)}"
     monkeypatch.setitem(SETUPS, request.param.setup, dataclasses.replace(setup, command=command))
-    with running(request.param, pool) as found:
+    with running(request.param, pool, Containerd) as found:
         yield found
         found.remove_images()
 

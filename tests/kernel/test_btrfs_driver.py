@@ -24,21 +24,7 @@ from hpmapper.pool.loop import LoopPool
 from hpmapper.root import open_root, remove_root
 from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import folder, member, tar
-from hpmapper.testing.trees import (
-    append,
-    apply,
-    chmod,
-    directory,
-    file,
-    hard_link,
-    remove,
-    rename,
-    set_xattr,
-    symlink,
-    utime,
-    write,
-)
-from hpmapper.tree import walk
+from tests.randomly import do_something
 
 pytestmark = pytest.mark.kernel
 
@@ -88,37 +74,11 @@ def test_the_quick_diff_is_that_of_a_whole_walk(driver: BtrfsDriver, seed: int) 
     driver.prepare(ONE, [BASE])
     root = driver.mount(ONE, [BASE])
     for step in range(120):
-        _do_something(chance, root, step)
+        do_something(chance, root, step)
         if step % 40 == 39:
             assert _diff(driver, ONE, BASE) == _walked(driver, ONE, BASE)
         elif step % 40 == 20:
             sync.syncfs(root)  # so that several transactions are between
-
-
-def _do_something(chance: random.Random, root: Path, step: int) -> None:
-    """One random operation on what is there."""
-    found = sorted(os.fsdecode(path) for path, inode in walk(scan(os.fsencode(root), overlay=False)) if path)
-    files = [path for path in found if (root / path).is_file()]
-    folders = ["."] + [path for path in found if (root / path).is_dir() and not (root / path).is_symlink()]
-    one, into = chance.choice(files), chance.choice(folders)
-    moved = chance.choice(found)
-    if f"{into}/".startswith(f"{moved}/"):
-        moved = one
-    operations = [
-        append(one, b"more"),
-        write(one, b"x"),
-        chmod(one, 0o600 + step % 8),
-        set_xattr(one, "user.step", b"%d" % step),
-        utime(one, step * 10**9),
-        remove(one),
-        rename(moved, f"{into}/moved{step}"),
-        hard_link(one, f"{into}/link{step}"),
-        symlink("../a", f"{into}/sym{step}"),
-        file(f"{into}/new{step}", b"new"),
-        directory(f"{into}/dir{step}"),
-        directory(f"{into}/dir{step}"),
-    ]
-    apply([chance.choice(operations)], root)
 
 
 def test_a_file_whose_time_was_set_back_is_in(driver: BtrfsDriver) -> None:

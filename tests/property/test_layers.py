@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,19 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from hpmapper.drivers.base import Driver
+from hpmapper.drivers.directory import Dialect, unpack
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.drivers.vfs import VfsDriver
 from hpmapper.engine import Engine
 from hpmapper.errors import Corrupt, InvalidArgument
 from hpmapper.files import Pieces, Segments, write_file
+from hpmapper.layer.aufs import BranchView, scan_branch
 from hpmapper.layer.build import LayerBuilder, Nothing
 from hpmapper.layer.diff import write_tar
 from hpmapper.layer.merged import Merged
 from hpmapper.layer.recipe import RecipeWriter
+from hpmapper.layer.scan import DirectoryView, scan
 from hpmapper.layer.stream import Expected, LayerStream
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Snapshot
@@ -255,6 +259,56 @@ def test_stacked_layers_are_mounted_as_a_model_says(subject: Subject, base: Cont
         model.apply(layer)
     found = _shown(subject, [base, *more])
     assert _comparable(subject, found) == _comparable(subject, model.facts())
+
+
+def _scanned(place: Path, layers: list[Content], dialect: Dialect) -> Iterator[dict[bytes, tuple[object, ...]]]:
+    """What directories in a dialect say of layers: deletions, opaque directories, and facts of all others."""
+    view, scan_in = (BranchView, scan_branch) if dialect is Dialect.AUFS else (DirectoryView, _scan_overlay)
+    tops: list[bytes] = []
+    for number, layer in enumerate(layers):
+        work = place / f"work{number}"
+        (work / "layer/diff").mkdir(parents=True)
+        below = Merged([view(top) for top in tops])
+        unpack(io.BytesIO(layer.tar()), below, work, place / str(number), dialect, Expected(), None)
+        tops.insert(0, os.fsencode(place / str(number) / "diff"))
+        yield {path: _said(inode) for path, inode in walk(scan_in(tops[0])) if path}
+
+
+def _scan_overlay(top: bytes) -> Inode:
+    return scan(top, overlay=True)
+
+
+def _said(inode: Inode) -> tuple[object, ...]:
+    return (
+        (inode.is_whiteout, inode.opaque)
+        if inode.is_whiteout
+        else (
+            inode.opaque,
+            inode.mode,
+            inode.uid,
+            inode.gid,
+            inode.mtime_ns,
+            inode.size,
+            inode.rdev,
+            inode.target,
+            inode.xattrs,
+        )
+    )
+
+
+@pytest.mark.kernel
+@given(contents(), st.lists(contents(deletions=True, max_entries=10), min_size=1, max_size=3))
+@_slow_is_fine
+def test_aufs_and_overlay_directories_say_the_same(base: Content, more: list[Content]) -> None:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        try:
+            layers = [base, *more]
+            found = list(_scanned(Path(one), layers, Dialect.AUFS))
+            expected = list(_scanned(Path(other), layers, Dialect.OVERLAY))
+        except InvalidArgument:
+            assume(False)
+            raise
+        assert found == expected
 
 
 # No tar does harm.

@@ -129,3 +129,12 @@ def test_a_dm_option_that_does_not_exist(tmp_path: Path) -> None:
     file.write_text(json.dumps({"storage-opts": ["dm.basesiz=20G"]}))
     with pytest.raises(InvalidArgument, match=r"no storage option 'dm\.basesiz'.*did you mean 'dm\.basesize'"):
         load(file)
+
+
+def test_the_dataset_of_zfs_as_in_docker_and_as_a_table(tmp_path: Path) -> None:
+    file = written(tmp_path, "daemon.json", '{"storage-driver": "zfs", "storage-opts": ["ZFS.fsname=tank/docker"]}')
+    assert load(file).own_options(by_name("zfs")) == {"zfs.fsname": "tank/docker"}
+    file = written(tmp_path, "config.toml", 'storage-driver = "zfs"\n[zfs]\nfsname = "tank/hpmapper"\n')
+    assert load(file).own_options(by_name("zfs")) == {"zfs.fsname": "tank/hpmapper"}
+    with pytest.raises(InvalidArgument, match=r"line 2.*did you mean 'zfs\.fsname'"):
+        load(written(tmp_path, "wrong.toml", '[zfs]\nfsnam = "tank"\n'))

@@ -3,6 +3,7 @@
     CACHE/KEY/kernel     the kernel, uncompressed: QEMU starts that a second or two sooner (PVH)
     CACHE/KEY/initramfs  loads the driver of the disks, and mounts the root
     CACHE/KEY/root.img   ext4: the system, and in /opt/python what the tests import
+    CACHE/KEY/versions   the kernel's release, and the version of ZFS's programs (whose modules: tests/vm/zfs.py)
 
 KEY is a digest of this file, the guest's init and the locked requirements, so that a change of any builds a new image.
 CACHE is $HPMAPPER_VM_CACHE, or hpmapper-vm in the user's cache directory. Nothing of it is ever written to by a run.
@@ -49,6 +50,7 @@ class Image(NamedTuple):
     kernel: Path
     initramfs: Path
     root: Path
+    versions: Path
 
 
 def cache() -> Path:
@@ -71,6 +73,12 @@ def cached() -> Image | None:
     return image if image.root.exists() else None
 
 
+def versions(image: Image) -> tuple[str, str]:
+    """An image's kernel release, and its version of ZFS."""
+    release, zfs = image.versions.read_text(encoding="ascii").split()
+    return release, zfs
+
+
 def build() -> Image:
     """The image, built now if it has not been (some minutes; needs root, mmdebstrap and a Debian mirror)."""
     found = cached()
@@ -82,7 +90,9 @@ def build() -> Image:
         tree, made = work / "tree", work / "image"
         made.mkdir()
         _debian(tree)
-        _kernel(tree, work / "linux", _at(made).kernel)
+        release = _kernel(tree, work / "linux", _at(made).kernel)
+        zfs = run("dpkg-query", "--admindir", tree / "var/lib/dpkg", "-W", "-f", "${Version}", "zfsutils-linux")
+        _at(made).versions.write_text(f"{release} {zfs}\n", encoding="ascii")
         _initramfs(tree, work / "early", _at(made).initramfs)
         _python(tree)
         shutil.copy2(HERE / "init.sh", tree / "sbin" / "vminit")
@@ -92,21 +102,23 @@ def build() -> Image:
 
 
 def _at(directory: Path) -> Image:
-    return Image(directory / "kernel", directory / "initramfs", directory / "root.img")
+    return Image(directory / "kernel", directory / "initramfs", directory / "root.img", directory / "versions")
 
 
 def _debian(tree: Path) -> None:
     """The system, and beside it the kernel's package: installed, it would only make an initramfs."""
     download = f"apt-get download \\$(apt-cache depends {KERNEL} | grep -o 'linux-image-[0-9][^ ]*')"
     run(
-        "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}",
+        "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--components=main,contrib",
+        f"--include={','.join(PACKAGES)}",
         "--aptopt=APT::Install-Recommends false",
         f'--customize-hook=chroot "$1" sh -c "{download}"',
         SUITE, tree,
     )  # fmt: skip
 
 
-def _kernel(tree: Path, linux: Path, target: Path) -> None:
+def _kernel(tree: Path, linux: Path, target: Path) -> str:
+    """Put the kernel at `target` and its modules into the tree; returns its release."""
     (package,) = tree.glob("linux-image-*.deb")
     run("dpkg-deb", "-x", package, linux)
     package.unlink()
@@ -118,6 +130,7 @@ def _kernel(tree: Path, linux: Path, target: Path) -> None:
     run("find", modules, "-name", "*.ko.xz", "-exec", "unxz", "{}", "+")
     shutil.copytree(modules, tree / "usr/lib/modules" / release, symlinks=True)
     run("chroot", tree, "depmod", release)
+    return release
 
 
 def _initramfs(tree: Path, early: Path, target: Path) -> None:

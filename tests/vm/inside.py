@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,8 +25,12 @@ MODULES = {
     "quota": ("xfs", "loop", "overlay", "erofs", "quota_v2"),
     "overlay": ("xfs", "loop", "overlay", "erofs"),
     "docker": ("dm_mod", "dm_thin_pool", "dm_snapshot", "loop", "xfs", "overlay"),
+    "zfs": ("loop",),
 }
-"""What each feature of `@pytest.mark.guest(FEATURE)` needs loaded."""
+"""What each feature of `@pytest.mark.guest(FEATURE)` needs loaded of the kernel's own modules."""
+
+BROUGHT = {"zfs": ("spl.ko", "zfs.ko")}
+"""Modules that lie on a disk with the feature's name for a serial number, in the order in which they are loaded."""
 
 
 _KERNEL_LINES = 60
@@ -68,11 +73,25 @@ def main() -> int:
     """Run the chosen tests, or the module; returns the exit status."""
     wanted = json.loads((SOURCE / "selection").read_text())
     modules = sorted({module for feature in wanted["features"] for module in MODULES.get(feature, ())})
-    subprocess.run(["modprobe", "-a", *modules], check=True)
+    if modules:
+        subprocess.run(["modprobe", "-a", *modules], check=True)
+    for feature in wanted["features"]:
+        _load(feature, BROUGHT.get(feature, ()))
     with _port("reports").open("w", encoding="ascii") as port:
         if wanted["module"]:
             return _run_module(wanted["module"], wanted["arguments"], port)
         return _run_tests(wanted["arguments"], port)
+
+
+def _load(feature: str, modules: Sequence[str]) -> None:
+    if not modules:
+        return
+    place = Path("/run", feature)
+    place.mkdir()
+    (disk,) = (file.parent.name for file in Path("/sys/block").glob("*/serial") if file.read_text().strip() == feature)
+    subprocess.run(["mount", "-o", "ro", f"/dev/{disk}", place], check=True)
+    for name in modules:
+        subprocess.run(["insmod", place / name], check=True)
 
 
 def _run_tests(arguments: list[str], port: TextIO) -> int:

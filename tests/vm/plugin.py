@@ -3,6 +3,8 @@
     @pytest.mark.guest("dm")                 run by ./test --vm
     @pytest.mark.guest("dm", short=True)     and by ./test
 
+The feature "zfs" needs modules that are built from source once (tests/vm/zfs.py), which ./test leaves to ./test --vm.
+
 The host's pytest collects them; all that are chosen run in one guest, beside the host's own tests, and each report that
 it sends is the test's own: failures show as if they had happened here. The image of the guest is built meanwhile, if it
 has not been. Without --vm they are skipped, loudly.
@@ -23,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from tests.vm import image
+from tests.vm import image, zfs
 from tests.vm.image import REPOSITORY
 from tests.vm.machine import QEMU
 
@@ -48,6 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     if not INSIDE:
         config.pluginmanager.register(Guests(config), "guests")
+
+
+def _is_quick(feature: str) -> bool:
+    """Whether a feature needs nothing that takes long to be built."""
+    found = image.cached()
+    return feature != "zfs" or (found is not None and zfs.cached(found) is not None)
 
 
 class Beside:
@@ -110,7 +118,7 @@ class Guests:
         self._chosen = [] if why else [item for item in guest if self._wanted(item)]
         left = [item for item in guest if item not in self._chosen]
         for item in left:
-            item.add_marker(pytest.mark.skip(reason=why or "is not short: ./test --vm"))
+            item.add_marker(pytest.mark.skip(reason=why or "is left to ./test --vm"))
         if left:
             self._left_out = [f"{len(left)} of {len(guest)} tests in a guest kernel NOT RUN: {why or './test --vm'}"]
             counts = Counter(item.nodeid.partition("[")[0] for item in left)
@@ -129,8 +137,10 @@ class Guests:
         return ""
 
     def _wanted(self, item: pytest.Item) -> bool:
+        if self._config.getoption("--vm") == "all":
+            return True
         marker = item.get_closest_marker("guest")
-        return self._config.getoption("--vm") == "all" or bool(marker and marker.kwargs.get("short"))
+        return bool(marker and marker.kwargs.get("short") and _is_quick(str(marker.args[0])))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vm import docker, image
+from tests.vm import docker, image, zfs
 from tests.vm.machine import Died, Machine
 
 _TAIL = 60
@@ -23,7 +23,13 @@ _TAIL = 60
 
 def images(features: Sequence[str]) -> tuple[image.Image, dict[str, Path]]:
     """The image for a guest, and those of the disks that go with its features; built now if they have not been."""
-    return image.build(), {"docker": docker.build()} if "docker" in features else {}
+    system = image.build()
+    disks = {}
+    if "docker" in features:
+        disks["docker"] = docker.build()
+    if "zfs" in features:
+        disks["zfs"] = zfs.build(system)
+    return system, disks
 
 
 def run(module: str, arguments: Sequence[str] = (), features: Sequence[str] = ("dm",)) -> Any:

@@ -76,7 +76,7 @@ def show(config: Config) -> None:
         driver = opened.engine.driver
         console.print(f"[bold]storage driver {driver.name}[/] in {config.root}", highlight=False)
         for better in itertools.takewhile(lambda one: one.name != driver.name, registry.DRIVERS):
-            verdict = registry.probe(better, config.root, config.pool(better))
+            verdict = registry.probe(better, config.root, config.pool(better), config.own_options(better))
             if not verdict.works:
                 console.print(f"the driver {better.name} would be better, but: {verdict.why}", highlight=False)
         bring(config, opened)

@@ -57,7 +57,7 @@ class _Cli(LazyGroup):
 @click.group(cls=_Cli, lazy=COMMANDS, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help="Where everything is kept.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="TOML, or Docker's daemon.json.")
-@click.option("--storage-driver", metavar="NAME", help="For a new root: hpmapper, overlay, btrfs, devicemapper or vfs.")
+@click.option("--storage-driver", metavar="NAME", help="For a new root; see hpmapper drivers.")
 @click.option("--storage-opt", multiple=True, metavar="NAME=VALUE", help="As in the config file; repeatable.")
 @click.option("--debug", is_flag=True, help="Log what is done, and show where errors come from.")
 @json_option

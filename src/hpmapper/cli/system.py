@@ -173,7 +173,7 @@ def drivers(state: State, directory: Path | None) -> None:
             "name": one.name,
             "in_use": one.name == used,
             "automatic": one.automatic,
-            **dataclasses.asdict(probe(one, where, config.pool(one))),
+            **dataclasses.asdict(probe(one, where, config.pool(one), config.own_options(one))),
         }
         for one in DRIVERS
     ]

@@ -293,6 +293,8 @@ class Driver(Protocol):
     def remove_layer(self, layer: SnapshotId) -> None:
         """Remove a layer's storage, sealed ones' too. The engine has made sure that no chain has it any more.
 
+        Of several the newest goes first, so that none goes before those that were made on top of it.
+
         Raises:
             FailedPrecondition: it is in use all the same.
         """

@@ -4,6 +4,7 @@ l/ID/diff        the layer's files: what it adds (overlay), or the whole root (d
 l/ID/tar         the recipe of its tar; its references are the numbers of files in the tar
 l/ID/names       the path of each number, NUL-terminated; empty for a file that the same tar replaced later
 l/ID/superseded  those files, by number
+l/ID/unlinked    if it is there: see LOST_LINKS
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from hpmapper.files import Pieces, Segments, write_file
 from hpmapper.kernel import sync
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
-from hpmapper.layer.build import Below, LayerBuilder
+from hpmapper.layer.aufs import MAX_NAME
+from hpmapper.layer.build import OPAQUE_MARKER, WHITEOUT_PREFIX, Below, LayerBuilder
 from hpmapper.layer.marks import ESCAPED, IMPLIED_ROOT, OPAQUE, OVERLAY
 from hpmapper.layer.recipe import RecipeWriter, replay
 from hpmapper.layer.stream import Expected, LayerStream
@@ -31,11 +33,15 @@ from hpmapper.model import ObjectDigest, SnapshotId
 from hpmapper.store.workspace import discard, remove_tree
 from hpmapper.tree import Inode, walk
 
+LOST_LINKS = "unlinked"
+"""A file in a layer that deletes in a copy of the one below: it took one of several names of a file, or more."""
+
 
 class Dialect(Enum):
-    """How deletions are written: as overlayfs reads them, or by deleting in a copy of the layer below."""
+    """How deletions are written: as overlayfs or AUFS reads them, or by deleting in a copy of the layer below."""
 
     OVERLAY = "overlay"
+    AUFS = "aufs"
     APPLIED = "applied"
 
 
@@ -102,16 +108,29 @@ def fill(
         builder.read(stream)
         recipe.close()
         expect.verify(stream.digests)
+    if dialect is Dialect.AUFS:
+        _require_short_names(builder.root)
     _note_names(builder.root, sink.count, data, made)
     try:
-        _Unpacker(made / "diff", data, dialect).unpack(builder.root)
+        unpacker = _Unpacker(made / "diff", data, dialect)
+        unpacker.unpack(builder.root)
     except OSError as error:
         raise _explained(error) from error
+    if unpacker.lost_links:
+        (made / LOST_LINKS).touch()
     data.rmdir()
     faults.point("ingest.unpacked")
     sync.syncfs(work)
     faults.point("ingest.synced")
     return Ingested(layer, stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries)
+
+
+def drop_recipe(layer: Path) -> None:
+    """Take away what a copy of a layer has beside the tree: what the tar of the layer below is made again from."""
+    for name in ("tar", "names"):
+        (layer / name).unlink(missing_ok=True)
+    if (layer / "superseded").exists():
+        remove_tree(layer / "superseded")
 
 
 def read_tar(layer: Path) -> Iterator[bytes]:
@@ -137,6 +156,15 @@ def check(layer: Path) -> Iterator[str]:
             yield f"{layer / name} is missing"
 
 
+def _require_short_names(root: Inode) -> None:
+    for path, _ in walk(root):
+        if len(path) > MAX_NAME and len(path.rpartition(b"/")[2]) > MAX_NAME:
+            raise InvalidArgument(
+                f"the layer's {os.fsdecode(path)!r} has a longer name than AUFS shows: {MAX_NAME} bytes",
+                hint="another storage driver may hold it",
+            )
+
+
 def _note_names(root: Inode, count: int, data: Path, made: Path) -> None:
     """Write down where each of the tar's files goes, and put those aside that no longer have a place."""
     names = [b""] * count
@@ -154,13 +182,17 @@ class _Unpacker:
     """Makes a tree real below a directory that nobody else touches.
 
     The tree's paths hold no symlinks and every directory on the way is made or checked first, so joined paths are safe.
+
+    `lost_links`: of a file with several names in the layer below, one has gone.
     """
 
     def __init__(self, top: Path, data: Path, dialect: Dialect) -> None:
         self._top = os.fsencode(top)
         self._data = os.fsencode(data)
-        self._overlay = dialect is Dialect.OVERLAY
+        self._dialect = dialect
+        self._applied = dialect is Dialect.APPLIED
         self._made: dict[Inode, bytes] = {}
+        self.lost_links = False
 
     def unpack(self, root: Inode) -> None:
         directories = []
@@ -183,7 +215,7 @@ class _Unpacker:
                 self._made[inode] = target
         for target, inode in reversed(directories):  # last, since filling a directory changes its times
             self._attributes(target, inode)
-        if not self._overlay and (IMPLIED_ROOT, b"y") in root.xattrs:
+        if self._applied and (IMPLIED_ROOT, b"y") in root.xattrs:
             os.utime(self._top, ns=(before, before))
 
     def _directory(self, target: bytes, inode: Inode) -> None:
@@ -193,19 +225,25 @@ class _Unpacker:
             if inode.opaque or not stat.S_ISDIR(os.lstat(target).st_mode):
                 self._clear(target)
                 os.mkdir(target, 0o700)
-        if self._overlay and inode.opaque:
+        if inode.opaque and self._dialect is Dialect.OVERLAY:
             os.setxattr(target, OPAQUE, b"y")
+        elif inode.opaque and self._dialect is Dialect.AUFS:
+            _mark(target + b"/" + OPAQUE_MARKER)
 
     def _whiteout(self, target: bytes) -> None:
-        if self._overlay:
+        if self._dialect is Dialect.OVERLAY:
             os.mknod(target, stat.S_IFCHR, 0)
+        elif self._dialect is Dialect.AUFS:
+            above, name = os.path.split(target)
+            _mark(above + b"/" + WHITEOUT_PREFIX + name)
         else:
             self._clear(target)
 
     def _clear(self, target: bytes) -> None:
         """Make room in a copy of the layer below."""
-        if self._overlay:
+        if not self._applied:
             return
+        self.lost_links = self.lost_links or _has_links(target)
         try:
             os.unlink(target)
         except FileNotFoundError:
@@ -224,18 +262,35 @@ class _Unpacker:
             os.mknod(target, inode.mode, inode.rdev)
 
     def _attributes(self, target: bytes, inode: Inode) -> None:
-        if not self._overlay and (IMPLIED_ROOT, b"y") in inode.xattrs:
+        if self._applied and (IMPLIED_ROOT, b"y") in inode.xattrs:
             return  # the copy has the root attributes of the layer below
         os.chown(target, inode.uid, inode.gid, follow_symlinks=False)
         if not stat.S_ISLNK(inode.mode):
             os.chmod(target, stat.S_IMODE(inode.mode))  # after chown, which clears set-user-ID
-        if not self._overlay and inode.is_dir:
+        if self._applied and inode.is_dir:
             _drop_xattrs(target)
         for name, value in inode.xattrs:
-            if self._overlay and name.startswith(OVERLAY):
+            if self._dialect is Dialect.OVERLAY and name.startswith(OVERLAY):
                 name = ESCAPED + name.removeprefix(OVERLAY)  # an image must not speak to overlayfs (design trap 3)
             os.setxattr(target, name, value, follow_symlinks=False)
         os.utime(target, ns=(inode.mtime_ns, inode.mtime_ns), follow_symlinks=False)
+
+
+def _has_links(target: bytes) -> bool:
+    """Whether a file, or one below a directory, has several names."""
+    try:
+        status = os.lstat(target)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(status.st_mode):
+        return status.st_nlink > 1
+    files = (os.path.join(here, name) for here, _, names in os.walk(target) for name in names)
+    return any(os.lstat(file).st_nlink > 1 for file in files)
+
+
+def _mark(path: bytes) -> None:
+    """Make an empty file that AUFS knows by its name."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444))
 
 
 def _drop_xattrs(target: bytes) -> None:

@@ -1,6 +1,7 @@
 """How much one snapshot may keep: limits on what lies in a directory, by what its file system has for them.
 
     XFS, ext4   a project of project quota         btrfs   a group of simple quotas
+    ZFS         a dataset's quota (hpmapper.drivers.zfs.limits)
 
 Whoever writes beyond a limit gets ENOSPC or EDQUOT, also in a mount that has the directory for its upper one. A limit
 is in force before anything else is in the directory. Its file `size` says how many bytes it has, so that no mount
@@ -129,13 +130,15 @@ def limit_of(top: Path | str) -> int | None:
         return int(file.read())
 
 
-def _note(top: Path, size: int) -> None:
+def note(top: Path, size: int) -> None:
+    """Write down in a directory how much it may hold."""
     unfinished = top / f"{_MARK}.new"
     unfinished.write_text(f"{size}\n", encoding="ascii")
     unfinished.rename(top / _MARK)
 
 
-def _check(size: int) -> None:
+def check_size(size: int) -> None:
+    """Refuse a limit that would hold nothing, as InvalidArgument."""
     if size < SMALLEST:
         raise InvalidArgument(
             f"a size limit of {size} bytes is too small", hint=f"the smallest is {format_size(SMALLEST)}"
@@ -151,7 +154,7 @@ class _No:
         self._home, self._why, self._how = home, why, how
 
     def check(self, size: int) -> None:
-        _check(size)
+        check_size(size)
         kind = fs.filesystem_name(self._home)
         raise Unsupported(f"{kind} at {self._home} cannot limit sizes: {self._why}", hint=self._how)
 
@@ -181,7 +184,7 @@ class _Projects:
         self._home = home
 
     def check(self, size: int) -> None:
-        _check(size)
+        check_size(size)
 
     def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
         self.check(size)
@@ -191,7 +194,7 @@ class _Projects:
             self._require_unused(project)
             fs.set_project(top, project)
         quota.set_project_limit(top, project, size)
-        _note(top, size)
+        note(top, size)
 
     def _project(self, snapshot: SnapshotId) -> int:
         offset = os.stat(self._home).st_ino * 0x9E3779B1  # Fibonacci hashing: neighbours end up far apart
@@ -239,7 +242,7 @@ class _Groups:
         self._home = home
 
     def check(self, size: int) -> None:
-        _check(size)
+        check_size(size)
 
     def make(self, top: Path, snapshot: SnapshotId, size: int) -> None:
         self.check(size)
@@ -252,7 +255,7 @@ class _Groups:
         qgroup.create(self._home, group)
         qgroup.set_limit(self._home, group, size)
         qgroup.join(self._home, member, group)
-        _note(top, size)
+        note(top, size)
 
     def is_in_force(self, top: Path) -> bool:
         return btrfs.is_subvolume(top) and qgroup.limit(top, _group_of(top)[1]) > 0

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpmapper.drivers import devicemapper
+from hpmapper.drivers import devicemapper, zfs
+from hpmapper.drivers.aufs import AufsDriver
 from hpmapper.drivers.base import Driver, Verdict
 from hpmapper.drivers.btrfs import BtrfsDriver
 from hpmapper.drivers.devicemapper.units import parse_bool
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.drivers.vfs import VfsDriver
-from hpmapper.errors import InvalidArgument, Unsupported
+from hpmapper.errors import HpmapperError, InvalidArgument, Unsupported
 from hpmapper.kernel.probe import Feature, probe_all
 from hpmapper.pool import open_pool
 from hpmapper.pool.base import PoolConfig, PoolFs, PoolKind, parse_size
@@ -34,6 +35,7 @@ class Registered:
             several, one is enough.
         automatic: may be chosen without having been asked for.
         pool_fs: the file system that its pool must be; None: any.
+        require: raises what is missing for a root directory beside what it `needs`, given the driver's own options.
         destroy: undoes what it made outside its directory, once it is detached.
     """
 
@@ -45,6 +47,7 @@ class Registered:
     needs_pool: bool = False
     pool_fs: PoolFs | None = None
     automatic: bool = True
+    require: Callable[[Path, Mapping[str, str]], None] = lambda root, options: None
     destroy: Callable[[Driver], None] = lambda driver: None
 
 
@@ -87,6 +90,19 @@ DRIVERS = (
         pool_fs=PoolFs.BTRFS,
     ),
     Registered(
+        "zfs",
+        lambda root, pool, options: zfs.ZfsDriver(root / "zfs", options.get(zfs.FSNAME)),
+        needs=(("mounting",), ("zfs",)),
+        options=(zfs.FSNAME,),
+        require=zfs.require,
+        destroy=zfs.destroy,
+    ),
+    Registered(
+        "aufs",
+        lambda root, pool, options: AufsDriver(root / "aufs"),
+        needs=(("mounting",), ("aufs",)),
+    ),
+    Registered(
         "devicemapper",
         lambda root, pool, options: devicemapper.DeviceMapperDriver(
             root / "devicemapper", devicemapper.parse(options.items())
@@ -125,19 +141,29 @@ def by_name(name: str) -> Registered:
     raise InvalidArgument(f"there is no storage driver {name!r}", hint=nearest(name, [each.name for each in DRIVERS]))
 
 
-def probe(registered: Registered, directory: Path, pool: PoolConfig) -> Verdict:
-    """Try on this host what a driver needs; `directory` is where its data would lie."""
+def probe(
+    registered: Registered, directory: Path, pool: PoolConfig, options: Mapping[str, str] | None = None
+) -> Verdict:
+    """Try on this host what a driver needs; `directory` is where its data would lie, `options` are its own."""
     wanted = [name for group in registered.needs for name in group]
     seen = {feature.name: feature for feature in probe_all(directory, wanted)}
     if registered.needs_pool:
         seen |= _pool_features(directory, pool)
     missing = [group for group in _groups(registered, pool) if not any(seen[name].available for name in group)]
     if not missing:
-        return Verdict(True, "all it needs was tried and works")
+        return _required(registered, directory, options or {})
     # Of a group any will do: the one that can be had, or else the first.
     lacking = [next((seen[name] for name in group if seen[name].remedy), seen[group[0]]) for group in missing]
     why = "; ".join(f"{one.name}: {one.detail}" + ("" if one.remedy else f"; needs {one.how}") for one in lacking)
     return Verdict(False, why, "; ".join(one.remedy for one in lacking) if all(one.remedy for one in lacking) else "")
+
+
+def _required(registered: Registered, directory: Path, options: Mapping[str, str]) -> Verdict:
+    try:
+        registered.require(directory, options)
+    except HpmapperError as error:
+        return Verdict(False, error.message, error.hint)
+    return Verdict(True, "all it needs was tried and works")
 
 
 def _groups(registered: Registered, pool: PoolConfig) -> list[tuple[str, ...]]:
@@ -162,14 +188,18 @@ def _pool_features(directory: Path, pool: PoolConfig) -> dict[str, Feature]:
     return {feature.name: feature for feature in probe_all(place, ["loop-direct-io", "reflink", "btrfs-subvolumes"])}
 
 
-def choose(directory: Path, pool_of: Callable[[Registered], PoolConfig]) -> tuple[Registered, Mapping[str, Verdict]]:
+def choose(
+    directory: Path,
+    pool_of: Callable[[Registered], PoolConfig],
+    options_of: Callable[[Registered], Mapping[str, str]] = lambda registered: {},
+) -> tuple[Registered, Mapping[str, Verdict]]:
     """The first driver that works here, and the verdicts on it and those before it.
 
-    `pool_of` tells the pool that a driver would get.
+    `pool_of` tells the pool that a driver would get, `options_of` its own options.
     """
     verdicts: dict[str, Verdict] = {}
     for registered in (one for one in DRIVERS if one.automatic):
-        verdicts[registered.name] = probe(registered, directory, pool_of(registered))
+        verdicts[registered.name] = probe(registered, directory, pool_of(registered), options_of(registered))
         if verdicts[registered.name].works:
             return registered, verdicts
     raise Unsupported("no storage driver works here", hint="hpmapper doctor says what is missing")

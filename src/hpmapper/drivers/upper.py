@@ -227,14 +227,18 @@ class UpperDriver:
         """Remove a sealed snapshot that was a layer.
 
         Raises:
-            FailedPrecondition: an overlay that was mounted while it was one still has it.
+            FailedPrecondition: what was mounted while it was one still has it.
         """
         upper = str(self._sealed(layer))
         if os.path.isdir(upper):
             self.unmount(layer)  # a view's own mount has it for a lower one
-            if mountinfo.is_lower(upper) or self._is_mapped_lower(upper):
+            if self._is_lower(upper):
                 raise FailedPrecondition(f"layer {layer} is in use", hint="stop the containers that were made on it")
             UpperDriver.remove(self, layer)
+
+    def _is_lower(self, upper: str) -> bool:
+        """Whether something that is mounted has a sealed snapshot's directory for a lower layer."""
+        return mountinfo.is_lower(upper) or self._is_mapped_lower(upper)
 
     def _is_mapped_lower(self, path: str) -> bool:
         """Whether an overlay may have a directory for a lower layer under other owners, which mountinfo calls "/u"."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpmapper.kernel import (
+    aufs,
     btrfs,
     cachestat,
     clone,
@@ -241,6 +242,16 @@ def _simple_quotas(scratch: Path) -> str:
     return "btrfs names them among its features"
 
 
+def _zfs(scratch: Path) -> str:
+    try:
+        with fscontext.fsopen("zfs", "hpmapper-probe"):
+            return "the kernel has it"
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        raise _Missing("the kernel has no module of that name loaded") from None
+
+
 # --- overlay
 
 
@@ -296,6 +307,21 @@ def _read_through_redirect(place: Path, options: dict[str, str | None]) -> None:
     mount.overlay(merged, lowers=[lower], data=data, upper=upper, work=work, options=options)
     if (merged / "file").read_bytes() != _DATA:
         raise _Missing("the file was read as zeros")
+
+
+# --- AUFS
+
+
+def _aufs(scratch: Path) -> str:
+    if not aufs.is_known():
+        raise _Missing("/proc/filesystems does not name it")
+    lower, upper, merged = _subdirectories(scratch, "lower", "upper", "merged")
+    (lower / "file").write_bytes(_DATA)
+    aufs.mount(merged, lowers=[lower], upper=upper)
+    (merged / "file").unlink()
+    if not (upper / ".wh.file").exists():
+        raise _Missing("a deletion left no whiteout")
+    return f"two branches on {fs.filesystem_name(scratch)}"
 
 
 # --- EROFS and loop
@@ -498,6 +524,13 @@ PROBES: tuple[_Probe, ...] = (
         "size limits for single containers on btrfs",
         "Linux 6.7 or newer, and btrfs loaded (modprobe btrfs)",
         _simple_quotas,
+    ),
+    _Probe("zfs", "the zfs driver", "modprobe zfs (Debian: apt install zfs-dkms zfsutils-linux)", _zfs),
+    _Probe(
+        "aufs",
+        "the aufs driver with its directories here",
+        "a kernel with AUFS, which no mainline kernel has; and XFS or ext4",
+        _aufs,
     ),
     _Probe(
         "idmapped-mounts",

@@ -93,6 +93,7 @@ class LayerBuilder:
         self.bound = False
         self.entries = 0
         self._deleted = False
+        self._bookkeeping: list[tuple[Inode, bytes]] = []
         self._below = below
         self._sink = sink
         self._recipe = recipe
@@ -115,6 +116,8 @@ class LayerBuilder:
             self._recipe.literal(bytes(rest))
         if self.root.opaque:
             self._hide_all_below()
+        for where, name in self._bookkeeping:
+            del where.entries()[name]
         if self._deleted:
             _drop_idle_deletions(self.root)
 
@@ -279,7 +282,9 @@ class LayerBuilder:
         """The directory or symlink `part` of `here`; a directory that only the layers below have is copied."""
         children = here.entries()
         child = children.get(part)
-        if child is None:
+        if child is None and part.startswith(WHITEOUT_PREFIX):
+            child = children[part] = self._bookkeeping_directory(here, part)
+        elif child is None:
             child = self._implied(b"/".join([*trail, part]))
             if child.is_dir:
                 children[part] = child
@@ -290,6 +295,13 @@ class LayerBuilder:
         if not child.is_dir and not child.target:
             raise InvalidArgument(f"tar member path {b'/'.join([*trail, part])!r} leads through a file")
         return child
+
+    def _bookkeeping_directory(self, here: Inode, part: bytes) -> Inode:
+        """A directory of AUFS's own, until the end: files in .wh..wh.plnk are what other members link to."""
+        if not part.startswith(WHITEOUT_META):
+            raise InvalidArgument(f"a tar member lies in {part!r}, which as a name is a deletion")
+        self._bookkeeping.append((here, part))
+        return directory()
 
     def _implied(self, path: bytes) -> Inode:
         below = self._ask(path)

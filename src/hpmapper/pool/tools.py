@@ -17,6 +17,9 @@ _PACKAGES = {
     "xfs_repair": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "btrfs": "btrfs-progs",
+    "zfs": "zfsutils-linux",
+    "zpool": "zfsutils-linux",
+    "auplink": "aufs-tools",
 }
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _STDERR_LINES = 6

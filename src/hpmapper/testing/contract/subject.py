@@ -186,7 +186,7 @@ def _give_up(driver: Driver, mounted: set[str]) -> None:
     stored = driver.stored()
     for snapshot in stored.snapshots:
         driver.remove(snapshot)
-    for layer in stored.layers:
+    for layer in sorted(stored.layers, reverse=True):
         driver.remove_layer(layer)
     driver.sweep_objects(set, timeout=10)
 
