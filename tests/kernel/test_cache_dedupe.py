@@ -49,6 +49,7 @@ def written(root: CacheRoot, name: str, data: bytes) -> Path:
 
 def test_a_copy_of_an_object_shares_with_it(root: CacheRoot) -> None:
     upper = written(root, "c", DATA)
+    (root.container("one", "reader")[1] / "known").read_bytes()
     before, used = upper.stat(), Space.of(root.home).used
     done = run(root)
     assert (done.files, done.read) == (1, 1)

@@ -241,4 +241,4 @@ def test_the_commands(tmp_path: Path) -> None:
         assert "cached twice" in said("stat")
         assert json.loads(said("trim", "--json"))["idle"] >= SIZE - SLACK
         assert said("duplicates").strip() == "nothing is cached twice"
-        assert count(upper).cached <= 4096
+        assert count(upper).cached <= SLACK, "the block that was written, and what the kernel keeps with it"
