@@ -78,7 +78,7 @@ LAYERS = [
 ]
 
 CHANGES = [
-    trees.file("etc/motd", b"changed"),
+    trees.write("etc/motd", b"HELLO"),
     trees.remove("etc/new"),
     trees.write("usr/lib/data", b"!", 70_000),
     trees.directory("made"),

@@ -108,7 +108,8 @@ class ThinRoots:
     @staticmethod
     def _held(name: str, target: dm.Target, stack: ExitStack) -> str:
         """A read-only device that goes with its last user, for now `stack`; its number, as tables have it."""
-        device = dm.activate(name, [target], read_only=True)
+        # The kernel wants pools in tables that are not read-only; what keeps one from writing is its own option.
+        device = dm.activate(name, [target], read_only=target.kind != "thin-pool")
         try:
             stack.enter_context(opened(dm.path(name)))
         finally:
