@@ -194,6 +194,19 @@ def test_more_layers_than_docker_has_and_than_a_page_of_options_holds(xfs: Path,
     driver.remove(many)
 
 
+def test_the_status_has_dockers_labels(xfs: Path) -> None:
+    driver = OverlayDriver(xfs / "data")
+    driver.attach()
+    shown = list(driver.status().items())
+    assert shown[:5] == [
+        ("Backing Filesystem", "xfs"),
+        ("Supports d_type", "true"),
+        ("Using metacopy", "false"),
+        ("Native Overlay Diff", "true"),
+        ("userxattr", "false"),
+    ]
+
+
 def test_uppers_are_made_without_an_index(xfs: Path) -> None:
     driver = OverlayDriver(xfs / "data")
     driver.attach()

@@ -78,7 +78,7 @@ LAYERS = [
 ]
 
 CHANGES = [
-    trees.file("etc/motd", b"changed"),
+    trees.write("etc/motd", b"HELLO"),
     trees.remove("etc/new"),
     trees.write("usr/lib/data", b"!", 70_000),
     trees.directory("made"),
@@ -161,6 +161,18 @@ def test_docker_moves(docker: Docker, target: Config) -> None:
     assert docker.digests() == before, "a byte of Docker's pool was changed"
     assert migrate(_source(docker), target).new == 0
     _nothing_left(docker)
+
+
+def test_the_kernel_takes_read_only_devices_for_a_pool_that_is(docker: Docker) -> None:
+    """What reading relies on, shown by itself."""
+    data, metadata = docker.files
+    with loop.attached(data, read_only=True) as one, loop.attached(metadata, read_only=True) as two:
+        words = f"{two} {one} 128 0 2 skip_block_zeroing read_only"
+        dm.activate("only-read-pool", [dm.Target(0, data.stat().st_size // 512, "thin-pool", words)])
+        try:
+            assert " ro " in dm.status("only-read-pool")[0].params
+        finally:
+            dm.remove("only-read-pool")
 
 
 def test_killed_and_resumed(docker: Docker, target: Config) -> None:

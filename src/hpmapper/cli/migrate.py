@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _DOCKER_ROOT = Path("/var/lib/docker")
+_NAME_WIDTH = 24
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
@@ -127,7 +128,9 @@ def _watching(*, quiet: bool) -> Iterator[Watcher]:
         yield _Lines()
     else:
         with bars() as drawn:
-            yield _Bars(drawn)
+            shown = _Bars(drawn)
+            yield shown
+            shown.end()
 
 
 class _Silent:
@@ -155,12 +158,19 @@ class _Bars:
         self._phase = ""
 
     def phase(self, name: str, total: int) -> None:
+        self.end()
         self._phase = name
         self._task = self._bars.add_task(name, total=total)
 
+    def end(self) -> None:
+        """What was estimated is done."""
+        if self._task is not None:
+            total = self._bars.tasks[self._task].total
+            self._bars.update(self._task, description=self._phase, completed=total)
+
     def item(self, name: str) -> None:
         if self._task is not None:
-            self._bars.update(self._task, description=f"{self._phase} {name[:40]}")
+            self._bars.update(self._task, description=f"{self._phase} {name[:_NAME_WIDTH]}")
 
     def advance(self, count: int) -> None:
         if self._task is not None:

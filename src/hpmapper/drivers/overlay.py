@@ -19,6 +19,7 @@ from hpmapper.drivers import directory
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress, bind_spec
 from hpmapper.drivers.limits import require_default, require_in_force
 from hpmapper.drivers.upper import Stack, UpperDriver
+from hpmapper.kernel.fs import filesystem_name, knows_file_types
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.build import Below
 from hpmapper.layer.marks import USERXATTR
@@ -122,6 +123,17 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         if len(",".join(options)) > _LONGEST_OPTIONS:
             return super().handout(snapshot, chain, read_only=read_only)
         return MountSpec("overlay", "overlay", options)
+
+    def status(self) -> dict[str, str]:
+        """Docker's labels for its overlay2, and what is ours."""
+        return {
+            "Backing Filesystem": filesystem_name(self.home),
+            "Supports d_type": str(knows_file_types(self.home)).lower(),
+            "Using metacopy": "false",
+            "Native Overlay Diff": "true",
+            "userxattr": str(bool(USERXATTR)).lower(),
+            **super().status(),
+        }
 
     def layer_files(self, layer: SnapshotId) -> Path:
         """The layer's directory (`hpmapper.cache.places`)."""

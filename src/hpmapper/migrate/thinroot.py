@@ -93,7 +93,13 @@ class ThinRoots:
         length = fs.device_size(data) // dm.SECTOR // block * block
         table = thin.PoolTable(length, str(meta), str(data), block, 0, ("skip_block_zeroing", "read_only"))
         try:
-            return self._held(f"{self._prefix}-pool", table.target(), self._stack)
+            try:
+                return self._held(f"{self._prefix}-pool", table.target(), self._stack)
+            except PermissionError:  # a kernel that wants to be able to write, though it is not to
+                name = f"{self._prefix}-data"
+                with self._writable(name, str(data), fs.device_size(data) // dm.SECTOR, self._stack) as path:
+                    table = table._replace(data=str(path))
+                    return self._held(f"{self._prefix}-pool", table.target(), self._stack)
         except OSError as error:
             raise Corrupt(
                 f"the thin pool on {self._place.data} cannot be read: {error.strerror}",
@@ -108,7 +114,8 @@ class ThinRoots:
     @staticmethod
     def _held(name: str, target: dm.Target, stack: ExitStack) -> str:
         """A read-only device that goes with its last user, for now `stack`; its number, as tables have it."""
-        device = dm.activate(name, [target], read_only=True)
+        # The kernel wants pools in tables that are not read-only; what keeps one from writing is its own option.
+        device = dm.activate(name, [target], read_only=target.kind != "thin-pool")
         try:
             stack.enter_context(opened(dm.path(name)))
         finally:
