@@ -7,10 +7,9 @@ by the host, and cached.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 
-from tests.vm.image import cache, run
+from tests.vm.image import building, cache, run
 
 SUITE = "bookworm"
 PACKAGES = ("docker.io", "containerd", "runc", "dmsetup", "lvm2", "thin-provisioning-tools", "xfsprogs", "e2fsprogs")
@@ -25,18 +24,19 @@ def cached() -> Path | None:
 
 def build() -> Path:
     """The disk's image, built now if it has not been (a minute; needs root, mmdebstrap and a Debian mirror)."""
-    place = _place()
-    if not place.exists():
-        cache().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache(), prefix="building-") as name:
-            tree, made = Path(name, "tree"), Path(name, "image")
-            run(
-                "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}",
-                "--aptopt=APT::Install-Recommends false", SUITE, tree,
-            )  # fmt: skip
-            run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, made, _SIZE)
-            made.rename(place)
-    return place
+    if found := cached():
+        return found
+    with building() as work:
+        if found := cached():
+            return found  # somebody else was building it
+        tree, made = work / "tree", work / "image"
+        run(
+            "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}",
+            "--aptopt=APT::Install-Recommends false", SUITE, tree,
+        )  # fmt: skip
+        run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, made, _SIZE)
+        made.rename(_place())
+    return _place()
 
 
 def _place() -> Path:

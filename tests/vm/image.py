@@ -18,10 +18,14 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from backports import zstd  # type: ignore[import-not-found,unused-ignore]
+
+from hpmapper.kernel import lock
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -79,14 +83,21 @@ def versions(image: Image) -> tuple[str, str]:
     return release, zfs
 
 
+@contextmanager
+def building() -> Iterator[Path]:
+    """A directory in the cache to build something in; one process does at a time."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with lock.exclusive(cache() / "lock"), tempfile.TemporaryDirectory(dir=cache(), prefix="building-") as name:
+        yield Path(name)
+
+
 def build() -> Image:
     """The image, built now if it has not been (some minutes; needs root, mmdebstrap and a Debian mirror)."""
-    found = cached()
-    if found:
+    if found := cached():
         return found
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache(), prefix="building-") as name:
-        work = Path(name)
+    with building() as work:
+        if found := cached():
+            return found  # somebody else was building it
         tree, made = work / "tree", work / "image"
         made.mkdir()
         _debian(tree)

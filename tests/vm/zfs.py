@@ -9,10 +9,9 @@ if it were emulated), so that ./test leaves it to ./test --vm.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
-from tests.vm.image import SUITE, Image, cache, run, versions
+from tests.vm.image import SUITE, Image, building, cache, run, versions
 from tests.vm.inside import BROUGHT
 
 _SIZE = "64M"
@@ -26,15 +25,17 @@ def cached(image: Image) -> Path | None:
 
 def build(image: Image) -> Path:
     """The disk's image, built now if it has not been (needs root, mmdebstrap and a Debian mirror)."""
-    place = _place(image)
-    if not place.exists():
-        with tempfile.TemporaryDirectory(dir=cache(), prefix="building-") as name:
-            modules, made = Path(name, "modules"), Path(name, "image")
-            modules.mkdir()
-            _compile(Path(name, "tree"), modules, *versions(image))
-            run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", modules, made, _SIZE)
-            made.rename(place)
-    return place
+    if found := cached(image):
+        return found
+    with building() as work:
+        if found := cached(image):
+            return found  # somebody else was building it
+        modules, made = work / "modules", work / "image"
+        modules.mkdir()
+        _compile(work / "tree", modules, *versions(image))
+        run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", modules, made, _SIZE)
+        made.rename(_place(image))
+    return _place(image)
 
 
 def _place(image: Image) -> Path:
