@@ -1,10 +1,11 @@
-"""Every driver that is registered, on a root of its own in memory, where no layer waits for a disk.
+"""Every driver that is registered, on a root of its own in memory, where no layer waits for a disk; and layers for one.
 
 Those that want another kernel than the host's run in the guest (tests/vm); one that works nowhere says why.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,16 @@ import pytest
 
 from hpmapper.config import Config
 from hpmapper.drivers import registry
+from hpmapper.drivers.base import Driver
 from hpmapper.drivers.registry import Registered
 from hpmapper.kernel import mount
+from hpmapper.layer.stream import Expected
+from hpmapper.model import SnapshotId
 from hpmapper.pool.base import GIB, PoolFs
 from hpmapper.root import open_root, remove_root
+from hpmapper.store.workspace import workspace
 from hpmapper.testing.contract import Subject
+from hpmapper.testing.tars import member, tar
 from tests.filesystems import mounted
 
 GUEST = {"devicemapper": "dm"}
@@ -64,3 +70,14 @@ def subject_of(registered: Registered, directory: Path) -> Iterator[Subject]:
             yield Subject(opened.engine, place)
             opened.engine.detach()
         remove_root(config, force=True)
+
+
+def ingest(driver: Driver, layer: SnapshotId, blob: bytes, *below: SnapshotId) -> None:
+    """Make a layer from a tar, on top of layers, nearest first."""
+    with workspace(driver.scratch) as work:
+        driver.ingest(layer, lambda: list(below), io.BytesIO(blob), work, Expected(), None, lambda _: False)
+
+
+def ingest_file(driver: Driver, layer: SnapshotId, content: bytes, *below: SnapshotId) -> None:
+    """Make a layer of one file, "f"."""
+    ingest(driver, layer, tar(member(b"f", content)), *below)
