@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,10 @@ from hpmapper.root import open_root, remove_root
 from hpmapper.store.workspace import workspace
 from hpmapper.testing.contract import Subject
 from hpmapper.testing.tars import member, tar
+from tests import zpools
 from tests.filesystems import mounted
 
-GUEST = {"devicemapper": "dm"}
+GUEST = {"devicemapper": "dm", "zfs": "zfs"}
 """Drivers that want another kernel, and the guest's feature that has it."""
 
 OPTIONS = {
@@ -60,9 +61,12 @@ def in_memory(kind: PoolFs, directory: Path) -> Iterator[Path]:
 @contextmanager
 def subject_of(registered: Registered, directory: Path) -> Iterator[Subject]:
     """A driver with nothing in it, on an XFS with reflink in memory; skips where it does not work."""
-    with in_memory(PoolFs.XFS, directory) as place:
-        config = Config(root=place / "root", driver=registered.name)
-        config = config.with_options([*OPTIONS.get(registered.name, []), "min_free_space=0"])
+    with ExitStack() as stack:
+        place = stack.enter_context(in_memory(PoolFs.XFS, directory))
+        options = [*OPTIONS.get(registered.name, []), "min_free_space=0"]
+        if registered.name == "zfs":
+            options.append(f"zfs.fsname={stack.enter_context(zpools.dataset(place))}")
+        config = Config(root=place / "root", driver=registered.name).with_options(options)
         verdict = registry.probe(registered, place, config.pool(registered))
         if not verdict.works:
             pytest.skip(f"the {registered.name} driver does not work here: {verdict.why}")
