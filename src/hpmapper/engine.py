@@ -282,7 +282,14 @@ class Engine:
         return None
 
     def ingest_written(self, snapshot: Snapshot, record: Callable[[snapshots.Transaction, SnapshotId], object]) -> None:
-        """Read what was written to a snapshot into a layer on top of what is below it."""
+        """Read what was written to a snapshot into a layer on top of what is below it.
+
+        Sealed layers below are read first: those that stay so are the topmost of a chain.
+
+        Raises:
+            InvalidArgument: it holds something that no layer's tar can hold, or a sealed layer below it does.
+        """
+        self.ingest_sealed(snapshot)
         below = self.prepared(snapshot)
         with piped(lambda out: self.driver.write_diff(snapshot.id, below, out)) as tar:
             self.ingest_layer(below, tar, Expected(), record)

@@ -6,7 +6,6 @@ yet written is missing. The records of containers, which nobody syncs, are once 
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,10 +14,9 @@ import pytest
 
 from hpmapper import faults
 from hpmapper.drivers.devicemapper import DeviceMapperDriver, parse
-from hpmapper.layer.stream import Expected
 from hpmapper.model import SnapshotId
-from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import member, tar
+from tests.drivers import ingest
 from tests.kernel.test_devicemapper import attached
 
 pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm"), pytest.mark.timeout(2000)]
@@ -44,17 +42,12 @@ class Disk:
         self.taken.append((point, copy, set(self.promised)))
 
 
-def _ingest(driver: DeviceMapperDriver, layer: SnapshotId, below: list[SnapshotId], work: Path) -> None:
-    driver.ingest(layer, lambda: below, io.BytesIO(_TARS[layer]), work, Expected(), None, lambda _: False)
-
-
 def _work(driver: DeviceMapperDriver, disk: Disk) -> None:
     """Everything that changes a pool, once."""
     one, two, three, four = (SnapshotId(number) for number in (1, 2, 3, 4))
     chains: dict[SnapshotId, list[SnapshotId]] = {one: [], two: [one]}
     for layer, below in chains.items():
-        with workspace(driver.scratch) as work:
-            _ingest(driver, layer, below, work)
+        ingest(driver, layer, _TARS[layer], *below)
         disk.promised.add(layer)
     driver.prepare(three, [two, one])
     (driver.mount(three, [two, one]) / "written").write_bytes(b"w" * 100_000)

@@ -18,13 +18,15 @@ from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import write_tar
 from hpmapper.layer.scan import scan
 from hpmapper.layer.stream import Expected
+from hpmapper.meta import snapshots
 from hpmapper.model import SnapshotId
 from hpmapper.pool.base import MIB, PoolConfig, PoolFs, PoolKind
 from hpmapper.pool.loop import LoopPool
 from hpmapper.root import open_root, remove_root
-from hpmapper.store.workspace import workspace
 from hpmapper.testing.tars import folder, member, tar
+from tests.drivers import ingest
 from tests.randomly import do_something
+from tests.scenario import assert_no_groups
 
 pytestmark = pytest.mark.kernel
 
@@ -42,9 +44,8 @@ def driver(tmp_path: Path) -> Iterator[BtrfsDriver]:
     pool.destroy()
 
 
-def _ingest(driver: BtrfsDriver, *members: bytes, layer: SnapshotId = BASE) -> None:
-    with workspace(driver.scratch) as work:
-        driver.ingest(layer, lambda: [], io.BytesIO(tar(*members)), work, Expected(), None, lambda digest: False)
+def _ingest(driver: BtrfsDriver, *members: bytes) -> None:
+    ingest(driver, BASE, tar(*members))
 
 
 def _diff(driver: BtrfsDriver, snapshot: SnapshotId, *chain: SnapshotId) -> bytes:
@@ -137,10 +138,7 @@ def test_subvolumes_made_inside_are_committed_and_removed(driver: BtrfsDriver) -
         b"/d/inner/deeper/file",
     ]
     assert not driver.seal(ONE), "a snapshot would not have what is in the subvolume"
-    with workspace(driver.scratch) as work:
-        driver.ingest(
-            TWO, lambda: [BASE], io.BytesIO(_diff(driver, ONE, BASE)), work, Expected(), None, lambda digest: False
-        )
+    ingest(driver, TWO, _diff(driver, ONE, BASE), BASE)
     assert (driver.home / "l/3/diff/d/inner/deeper/file").read_bytes() == b"deep"
     assert _subvolumes(driver) == 5
     driver.remove(ONE)
@@ -176,6 +174,48 @@ def test_limits_smaller_than_the_configured_are_refused(driver: BtrfsDriver) -> 
         driver.prepare(ONE, [], size=16 * MIB)
     assert "btrfs.min_space" in caught.value.hint
     driver.prepare(ONE, [], size=32 * MIB)
+
+
+def test_the_smallest_limit_is_a_storage_option(tmp_path: Path) -> None:
+    config = Config(root=tmp_path / "root", driver="btrfs")
+    config = config.with_options(["btrfs.min_space=32M", "pool.size=300M", "min_free_space=0"])
+    with open_root(config) as opened:
+        with pytest.raises(InvalidArgument, match=r"16\.0 MiB"):
+            opened.engine.prepare("small", None, size=16 * MIB)
+        assert opened.engine.driver.stored().snapshots == set()
+        opened.engine.prepare("enough", None, size=32 * MIB)
+    with (
+        pytest.raises(InvalidArgument, match="'-1' is not a size"),
+        open_root(config.with_options(["btrfs.min_space=-1"])),
+    ):
+        pass
+    remove_root(config, force=True)
+
+
+def test_subvolumes_made_inside_a_limited_container_count_and_go_with_it(tmp_path: Path) -> None:
+    config = Config(root=tmp_path / "root", driver="btrfs").with_options(["pool.size=300M", "min_free_space=0"])
+    with open_root(config) as opened:
+        engine = opened.engine
+        layer = engine.ingest(None, io.BytesIO(tar(member(b"f", b"f"))), Expected()).snapshot
+        container = engine.prepare("one", layer, size=16 * MIB)
+        root = engine.mount(container)
+        btrfs.create_subvolume(root / "inner")
+        btrfs.create_subvolume(root / "inner/deeper")
+        with pytest.raises(OSError, match="quota"):
+            (root / "inner/deeper/file").write_bytes(os.urandom(20 * MIB))
+        assert 15 * MIB < engine.usage(container).size <= 16 * MIB
+        (root / "inner/deeper/file").unlink()
+        sync.syncfs(root)
+        (root / "inner/deeper/file").write_bytes(b"kept")
+        second = engine.commit(container).snapshot
+        engine.remove(container)
+        again = engine.mount(engine.prepare("two", second))
+        assert (again / "inner/deeper/file").read_bytes() == b"kept"
+        assert not btrfs.is_subvolume(again / "inner")
+        engine.remove(snapshots.get(engine.db, "two"))
+        assert len(btrfs.nested(engine.driver.scratch, 5)) == 2, "more than the layers is left"
+        assert_no_groups(engine.driver.scratch)
+    remove_root(config, force=True)
 
 
 def test_a_pool_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from hpmapper.kernel import btrfs, mount
+from hpmapper.pool.base import MIB, PoolFs
 from hpmapper.runtime.run import RUNTIMES
+from tests.filesystems import mounted
 
 pytestmark = pytest.mark.kernel
 
@@ -130,6 +133,29 @@ def test_a_container_keeps_no_more_than_it_may(tmp_path: Path) -> None:
     cli.run("container", "create", "--size", "16", "busybox", status=2)
     assert cli.json("container", "ls") == []
     cli.run("pool", "rm", "--force")
+
+
+@pytest.mark.parametrize("kind", ["loop", "directory"])
+def test_the_btrfs_driver_on_a_pool_of_its_own_and_in_a_directory(kind: str, tmp_path: Path) -> None:
+    cli = Cli(tmp_path / "root")
+    cli.command.append("--storage-driver=btrfs")
+    if kind == "directory":
+        place = mounted(PoolFs.BTRFS, tmp_path, 400 * MIB) / "place"
+        cli.command.remove("--storage-opt=pool.size=400M")  # it has the size of what it stands on
+        cli.run("pool", "create", "--directory", place)
+    else:
+        cli.run("pool", "create", "--fs", "btrfs")
+    cli.run("image", "import", busybox_root(tmp_path / "busybox"), "box")
+    cli.run("run", "--name", "one", "box", "sh", "-c", "echo new > /data/new; rm /data/small; mv /tmp /moved")
+    changes = cli.run("container", "diff", "one").split("\n")
+    assert {"C /data", "A /data/new", "D /data/small", "D /tmp", "A /moved"} <= set(changes)
+    cli.run("container", "commit", "one", "box:2")
+    assert cli.run("run", "--rm", "box:2", "cat", "/data/new") == "new\n"
+    cli.run("fsck")
+    cli.run("pool", "rm", "--force")
+    if kind == "directory":
+        assert btrfs.nested(place.parent, 5) == []
+        mount.umount(place.parent)
 
 
 def test_a_limit_where_there_is_none_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -17,11 +16,9 @@ from hpmapper.drivers.devicemapper import DeviceMapperDriver, lvm, parse, thin
 from hpmapper.drivers.devicemapper.admin import Severity, grow, watch
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import dm, dmudev
-from hpmapper.layer.stream import Expected
-from hpmapper.model import ObjectDigest, SnapshotId
+from hpmapper.model import SnapshotId
 from hpmapper.pool.filesystem import signature
-from hpmapper.store.workspace import workspace
-from hpmapper.testing.tars import member, tar
+from tests.drivers import ingest_file
 from tests.scenario import in_child
 
 pytestmark = [pytest.mark.kernel, pytest.mark.guest("lvm", short=True), pytest.mark.timeout(1800)]
@@ -85,17 +82,6 @@ def _attached(home: Path, options: list[tuple[str, str]]) -> Iterator[DeviceMapp
         driver.devices.destroy()
 
 
-def _no_object(_: ObjectDigest) -> bool:
-    return False
-
-
-def _ingest(driver: DeviceMapperDriver, number: SnapshotId, content: bytes, *below: SnapshotId) -> None:
-    with workspace(driver.scratch) as work:
-        driver.ingest(
-            number, lambda: list(below), io.BytesIO(tar(member(b"f", content))), work, Expected(), None, _no_object
-        )
-
-
 def _lvs(columns: str, name: str) -> dict[str, str]:
     said = subprocess.run(
         ["lvs", "-a", "--reportformat", "json", "-o", columns, name], check=True, capture_output=True, text=True
@@ -120,7 +106,7 @@ def test_from_an_empty_disk_and_back(tmp_path: Path, disks: tuple[Path, Path], u
             "Device": str(disks[0]), "ThinpPercent": 0, "ThinpMetaPercent": 0, "AutoExtendPercent": 0,
             "AutoExtendThreshold": 70,
         }  # fmt: skip
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         driver.prepare(_TWO, [_ONE])
         assert (driver.mount(_TWO, [_ONE]) / "f").read_text() == "one"
         assert watch(driver.devices, 80, 90).severity is Severity.OK
@@ -151,7 +137,7 @@ def test_what_is_on_the_disk_is_kept(tmp_path: Path, disks: tuple[Path, Path]) -
     found = subprocess.run(["blkid", "-p", disks[0]], check=True, capture_output=True, text=True).stdout
     assert "ext4" in found
     with _attached(tmp_path / "d", _options(disks[0], directlvm_device_force="true")) as driver:
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
     subprocess.run(["pvcreate", "-y", disks[0]], check=True, capture_output=True)
     subprocess.run(["vgcreate", "-y", "theirs", disks[0]], check=True, capture_output=True)
     try:
@@ -171,7 +157,7 @@ def test_cut_short_at_each_step(tmp_path: Path, disks: tuple[Path, Path]) -> Non
     for step in _STEPS:
         assert in_child(attach, f"{step}:1") == -signal.SIGKILL, step
     with _attached(home, _options(disks[0])) as driver:
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         with driver.devices.metadata() as (found, root):
             assert found.devices(root).keys() == {0, 1}
 

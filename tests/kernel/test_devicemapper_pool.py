@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import mmap
 import os
 import re
@@ -19,27 +18,14 @@ from hpmapper.drivers.devicemapper import DeviceMapperDriver, parse, thin
 from hpmapper.drivers.devicemapper.admin import Severity, grow, repair, watch
 from hpmapper.errors import FailedPrecondition, InvalidArgument, NoSpace, Unsupported
 from hpmapper.kernel import dm, fs, loop, mount
-from hpmapper.layer.stream import Expected
-from hpmapper.model import ObjectDigest, SnapshotId
-from hpmapper.store.workspace import workspace
-from hpmapper.testing.tars import member, tar
+from hpmapper.model import SnapshotId
+from tests.drivers import ingest_file
 from tests.kernel.test_devicemapper import attached
 
 pytestmark = [pytest.mark.kernel, pytest.mark.guest("dm", short=True)]
 
 _MIB = 1 << 20
 _ONE, _TWO, _THREE, _LATE = (SnapshotId(number) for number in (1, 2, 3, 100))
-
-
-def _no_object(_: ObjectDigest) -> bool:
-    return False
-
-
-def _ingest(driver: DeviceMapperDriver, number: SnapshotId, content: bytes, *below: SnapshotId) -> None:
-    with workspace(driver.scratch) as work:
-        driver.ingest(
-            number, lambda: list(below), io.BytesIO(tar(member(b"f", content))), work, Expected(), None, _no_object
-        )
 
 
 def _cut_off(driver: DeviceMapperDriver) -> None:
@@ -51,7 +37,7 @@ def _cut_off(driver: DeviceMapperDriver) -> None:
 
 def test_everything_is_found_again(tmp_path: Path) -> None:
     with attached(tmp_path / "d") as driver:
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         driver.prepare(_TWO, [_ONE])
         (driver.mount(_TWO, [_ONE]) / "g").write_text("g")
         driver.detach()
@@ -66,7 +52,7 @@ def test_loss_of_power_between_pool_and_records(tmp_path: Path) -> None:
     """A device without a record goes; a container's record without a device goes, so that it is made anew."""
     with attached(tmp_path / "d") as driver:
         pool = driver.devices.pool
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         driver.prepare(_TWO, [_ONE])
         driver.prepare(_THREE, [_ONE])
         shutil.rmtree(driver.home / "a" / "2")  # the record was not on the disk yet
@@ -92,7 +78,7 @@ def test_another_pool_is_refused(tmp_path: Path) -> None:
         _cut_off(driver)
         shutil.copyfile(driver.home / "metadata", saved)
         driver.attach()
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         _cut_off(driver)
         newer = tmp_path / "newer"
         shutil.copyfile(driver.home / "metadata", newer)
@@ -126,12 +112,12 @@ def test_a_lost_file_is_not_made_anew(tmp_path: Path) -> None:
 def test_a_larger_base_size(tmp_path: Path) -> None:
     """Layers that were there keep their size, new ones have the larger one; smaller is refused in Docker's words."""
     with attached(tmp_path / "d") as driver:
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         _cut_off(driver)
         larger = DeviceMapperDriver(tmp_path / "d", parse([("dm.basesize", "1G")]))
         larger.attach()
         assert larger.status()["Base Device Size"] == "1.074GB"
-        _ingest(larger, _TWO, b"two")
+        ingest_file(larger, _TWO, b"two")
         for number, layer, size in ((_THREE, _ONE, 512 * _MIB), (SnapshotId(4), _TWO, 1024 * _MIB)):
             larger.prepare(number, [layer])
             seen = os.statvfs(larger.mount(number, [layer]))
@@ -147,7 +133,7 @@ def test_a_larger_base_size(tmp_path: Path) -> None:
 def test_ext4(tmp_path: Path) -> None:
     with attached(tmp_path / "d", fs="ext4", mkfsarg="-m0") as driver:
         assert driver.status()["Backing Filesystem"] == "ext4"
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         driver.prepare(_TWO, [_ONE])
         assert (driver.mount(_TWO, [_ONE]) / "f").read_text() == "one"
         assert driver.usage(_TWO).size == 0
@@ -196,13 +182,13 @@ def _fill(path: Path) -> int:
 def test_a_full_pool(tmp_path: Path) -> None:
     """Writers get an error, and soon; nothing new is made; what is there can be deleted, and then all goes on."""
     with attached(tmp_path / "d", loopdatasize="128M", min_free_space="0%", xfs_nospace_max_retries="0") as driver:
-        _ingest(driver, _ONE, b"one")
+        ingest_file(driver, _ONE, b"one")
         driver.prepare(_TWO, [_ONE])
         assert _fill(driver.mount(_TWO, [_ONE])) in (errno.ENOSPC, errno.EIO)
         assert thin.pool_status(driver.devices.pool).mode is thin.Mode.OUT_OF_DATA_SPACE
         assert driver.space().free == 0
         with pytest.raises(NoSpace, match="thin pool is full"):
-            _ingest(driver, _THREE, os.urandom(_MIB))
+            ingest_file(driver, _THREE, os.urandom(_MIB))
         assert driver.stored().layers == {1}
         driver.detach()
         driver.attach()  # starts all the same
@@ -335,7 +321,7 @@ def test_raw_devices(tmp_path: Path) -> None:
         metadata.write_bytes(bytes(4096))
         with attached(tmp_path / "d", datadev=str(data), metadatadev=str(metadata)) as driver:
             assert not driver.devices.discards()
-            _ingest(driver, _ONE, b"one")
+            ingest_file(driver, _ONE, b"one")
             assert "Data loop file" not in driver.status()
             _cut_off(driver)
             again = DeviceMapperDriver(tmp_path / "d", parse([]))
@@ -378,7 +364,7 @@ def test_a_given_pool(tmp_path: Path) -> None:
             with attached(home, thinpooldev="/dev/mapper/t-pool") as driver:
                 assert driver.status()["Pool Name"] == "t-pool"
                 assert driver.status()["Pool Blocksize"] == "524.3kB"
-                _ingest(driver, _ONE, b"one")
+                ingest_file(driver, _ONE, b"one")
             assert dm.find("t-pool") is not None
             shutil.copytree(home, tmp_path / "elsewhere")
             shutil.rmtree(home)

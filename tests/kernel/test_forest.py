@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -16,7 +16,7 @@ import pytest
 from hpmapper.kernel import mount, sync
 from hpmapper.store.workspace import remove_tree
 from hpmapper.testing import trees
-from tests.serving import Served, code, eventually, refusal, served, shown
+from tests.serving import Served, code, eventually, refusal, shown
 
 pytestmark = pytest.mark.kernel
 
@@ -25,20 +25,6 @@ COMMITTED, ACTIVE, VIEW = 3, 2, 1
 REF = "containerd.io/snapshot.ref"
 
 FILES = [trees.file("file", b"x" * 5000), trees.directory("etc"), trees.file("etc/motd", b"hello")]
-
-
-@pytest.fixture(scope="module", params=["hpmapper", "overlay", "vfs"])
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A root of each driver, used by all tests in turn."""
-    with served(tmp_path_factory.mktemp(request.param), request.param) as made:
-        yield made
-
-
-@pytest.fixture
-def here(root: Served) -> Iterator[Served]:
-    """It, with nothing in it, and with nothing left in it."""
-    yield root
-    root.clear()
 
 
 @pytest.fixture

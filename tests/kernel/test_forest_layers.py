@@ -62,22 +62,6 @@ UPPER = tar(
 )
 
 
-@pytest.fixture(scope="module", params=["hpmapper", "overlay", "vfs"])
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A root of each driver, used by all tests in turn."""
-    with served(tmp_path_factory.mktemp(request.param), request.param) as made:
-        yield made
-
-
-@pytest.fixture
-def here(root: Served) -> Iterator[Served]:
-    """It, with nothing in it, and with nothing left in it."""
-    root.content.reads.clear()
-    root.content.metadata.clear()
-    yield root
-    root.clear()
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A plain directory such as an empty snapshot."""

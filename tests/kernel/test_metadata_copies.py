@@ -15,8 +15,10 @@ from hpmapper.config import Config
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.drivers.upper import METADATA_COPIES_MARK
 from hpmapper.engine import Engine
+from hpmapper.forest import Forest
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
+from hpmapper.model import Kind
 from hpmapper.root import open_root
 
 pytestmark = pytest.mark.kernel
@@ -65,4 +67,27 @@ def test_a_diff_of_metadata_copies_is_whole(tmp_path: Path) -> None:
         assert (root / "renamed/sub/large").read_bytes() == LARGE
         assert (root / "large").read_bytes() == LARGE
         assert not (root / "dir").exists()
+        engine.detach()
+
+
+def test_what_cannot_be_sealed_is_read_after_the_sealed_layers_below(tmp_path: Path) -> None:
+    """On maps that are not merged yet: an empty layer, which is sealed as it is, and one with metadata copies on it."""
+    with opened(tmp_path / "root") as engine:
+        forest = Forest(engine, "test")
+        parent = ""
+        for name in ("lower", "upper", "empty", "top"):
+            recorded = forest.prepare(f"{name}-active", parent, {})
+            forest.first_mounts(recorded)
+            if name != "empty":
+                (engine.mount(recorded.snapshot) / name).write_bytes(LARGE)
+            engine.unmount(recorded.snapshot)
+            forest.commit(name, f"{name}-active", {})
+            parent = name
+            if name == "upper":
+                engine.ingest_sealed(forest.prepare("on-maps", "upper", {}).snapshot)
+        forest.first_mounts(forest.prepare("view", "top", {}, Kind.VIEW))
+        root = engine.mount(forest.get("view"))
+        assert {path.name: path.read_bytes() for path in root.iterdir()} == dict.fromkeys(
+            ("lower", "upper", "top"), LARGE
+        )
         engine.detach()

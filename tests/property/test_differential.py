@@ -149,8 +149,8 @@ class _Story:
         if outcome == errno.EXDEV and not self._capabilities.renames_directories:
             assert image.has_directory(operation), "refused, though no directory of the image is in it"
             return
-        if not outcome and not self._capabilities.keeps_links:
-            image.split_links(operation)
+        if not self._capabilities.keeps_links:
+            image.split_links(operation, root if outcome else None)
         assert operation.outcome(self._model) == outcome
 
     def _commit(self, way: str, key: str, diff: bytes) -> None:
@@ -195,11 +195,22 @@ class _Image:
         """Whether an operation is about one of its directories."""
         return any(self._number(path) in self._directories for path in operation.changes)
 
-    def split_links(self, operation: Operation) -> None:
-        """Where a file keeps its names together only until it is changed: do what that does to it."""
+    def split_links(self, operation: Operation, failed_in: Path | None) -> None:
+        """Where a file keeps its names together only until it is changed: do what that does to it.
+
+        An operation that failed in a container's root may have come as far as that.
+        """
         for path in operation.changes:
-            if self._number(path) in self._linked:
+            if self._number(path) in self._linked and (failed_in is None or self._is_split(path, failed_in)):
                 split_off(self._model, path)
+
+    def _is_split(self, path: bytes, root: Path) -> bool:
+        """Whether a file has lost its other names in a container's root."""
+        facts = read_tree(self._model)
+        others = [one for one in facts if facts[one].same_as == facts[path].same_as and one != path]
+        top = os.fsencode(root)
+        number = os.lstat(os.path.join(top, path)).st_ino
+        return bool(others) and all(os.lstat(os.path.join(top, one)).st_ino != number for one in others)
 
     def _number(self, path: bytes) -> int:
         return os.lstat(os.path.join(os.fsencode(self._model), path)).st_ino

@@ -39,7 +39,7 @@ KERNEL = "linux-image-cloud-amd64"
 PACKAGES = (
     "python3", "udev", "kmod", "busybox-static", "mount", "procps",
     "dmsetup", "lvm2", "thin-provisioning-tools", "xfsprogs", "e2fsprogs", "btrfs-progs", "erofs-utils",
-    "quota", "acl", "attr", "libcap2-bin", "tar", "zstd", "crun", "runc",
+    "stress-ng", "fio", "quota", "acl", "attr", "libcap2-bin", "tar", "zstd", "crun", "runc",
 )  # fmt: skip
 
 _NOT_IN_GUEST = ("ruff", "mypy", "import-linter", "grimp", "librt", "ast-serialize")

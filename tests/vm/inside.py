@@ -25,7 +25,7 @@ MODULES = {
     "quota": ("xfs", "loop", "overlay", "erofs", "quota_v2"),
     "overlay": ("xfs", "loop", "overlay", "erofs"),
     "docker": ("dm_mod", "dm_thin_pool", "dm_snapshot", "loop", "xfs", "overlay"),
-    "zfs": ("loop",),
+    "zfs": ("loop", "xfs"),
 }
 """What each feature of `@pytest.mark.guest(FEATURE)` needs loaded of the kernel's own modules."""
 

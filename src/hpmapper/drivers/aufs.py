@@ -58,6 +58,7 @@ class AufsDriver(directory.DirectoryLayers, UpperDriver):
         changes_from_upper=True,
         max_layers=126,  # AUFS's usual 127 branches, with the one that is written to
         mounts=True,
+        renames_directories=False,
     )
 
     def attach(self) -> None:
