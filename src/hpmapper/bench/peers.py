@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -222,8 +223,23 @@ class ContainerdSide:
 
     def mount(self, container: str) -> Path:
         target = f"{_MOUNTS}/{container}"
-        self._containerd.shell(f"mkdir -p {target}\n" + self._ctr("mounts", target, container))
-        return self._containerd.outside(target)
+        outside = self._containerd.outside(target)
+        outside.mkdir()
+        command = self._ctr("mounts", target, container)
+        words = shlex.split(command)
+        if words[:3] == ["mount", "-t", "overlay"]:
+            self._overlay(outside, words[-1])  # mount(8) takes no more than 255 characters of layers, containerd does
+        else:
+            self._containerd.shell(command)
+        return outside
+
+    def _overlay(self, target: Path, text: str) -> None:
+        """Mount what containerd tells of an overlay."""
+        options = dict(option.partition("=")[::2] for option in text.split(","))
+        upper, work = (self._containerd.outside(options.pop(name)) for name in ("upperdir", "workdir"))
+        lowers = [self._containerd.outside(one) for one in options.pop("lowerdir").split(":")]
+        rest = {name: value or None for name, value in options.items()}
+        mount.overlay(target, lowers=lowers, upper=upper, work=work, options=rest)
 
     def commit(self, container: str, image: str) -> None:
         raise NotHere("containerd's client makes a layer, but no image, of a container's changes")
