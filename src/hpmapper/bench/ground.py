@@ -64,16 +64,8 @@ class Ground:
         backing, part = self._backing(name)
         try:
             device = self._attach(backing, part)
-            try:
-                run_tool([*_MAKE[kind], device])
-                run_tool(["mount", "-t", kind, "-o", _OPTIONS[kind], device, target])
-            finally:
-                run_tool(["losetup", "--detach", device])  # takes effect at the unmount
-            try:
+            with _mounted(kind, device, target, name):
                 yield target
-            finally:
-                for one in mount.mounts_below(target):
-                    mount.umount(one.target, lazy=True)
         finally:
             if self.device is None:
                 backing.unlink()
@@ -94,3 +86,24 @@ class Ground:
         if self.device is not None:
             command += [f"--offset={part * self.size}", f"--sizelimit={self.size}"]
         return run_tool([*command, backing]).stdout.strip()
+
+
+@contextmanager
+def _mounted(kind: str, device: str, target: Path, name: str) -> Iterator[None]:
+    """A fresh file system on a loop device, mounted; the device goes with the mount."""
+    pool = f"hpmapper-bench-{os.getpid()}-{name}"
+    try:
+        if kind == "zfs":
+            run_tool(["zpool", "create", "-f", "-O", "atime=off", "-m", target, pool, device])
+        else:
+            run_tool([*_MAKE[kind], device])
+            run_tool(["mount", "-t", kind, "-o", _OPTIONS[kind], device, target])
+    finally:
+        run_tool(["losetup", "--detach", device])
+    try:
+        yield
+    finally:
+        for one in mount.mounts_below(target):
+            mount.umount(one.target, lazy=True)
+        if kind == "zfs":  # of all that is made here, this alone outlives the process
+            run_tool(["zpool", "destroy", "-f", pool])

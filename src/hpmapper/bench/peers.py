@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -185,7 +186,7 @@ class ContainerdSide:
         self.about = about
         self._snapshotter = snapshotter
         self._containerd = containerd
-        self._tops: dict[str, str] = {}
+        self._chains: dict[str, list[str]] = {}
         self._references: dict[str, str] = {}
         containerd.shell(f"mkdir -p {_MOUNTS}")
 
@@ -201,7 +202,7 @@ class ContainerdSide:
         self._containerd.forget_peak()
         before = self._containerd.cpu()
         cost = spent(self._containerd.command("snapshots", "unpack", "--snapshotter", self._snapshotter, digest))
-        self._references[image], self._tops[image] = reference, _top(layout)
+        self._references[image], self._chains[image] = reference, _chain(layout)
         return Cost(cost.wall, cost.cpu + self._containerd.cpu() - before, self._containerd.peak())
 
     def _import(self, layout: Path, reference: str) -> str:
@@ -218,12 +219,27 @@ class ContainerdSide:
         return self._containerd.ctr("snapshots", "--snapshotter", self._snapshotter, *words)
 
     def prepare(self, container: str, image: str) -> None:
-        self._ctr("prepare", container, self._tops[image])
+        self._ctr("prepare", container, self._chains[image][-1])
 
     def mount(self, container: str) -> Path:
         target = f"{_MOUNTS}/{container}"
-        self._containerd.shell(f"mkdir -p {target}\n" + self._ctr("mounts", target, container))
-        return self._containerd.outside(target)
+        outside = self._containerd.outside(target)
+        outside.mkdir()
+        command = self._ctr("mounts", target, container)
+        words = shlex.split(command)
+        if words[:3] == ["mount", "-t", "overlay"]:
+            self._overlay(outside, words[-1])  # mount(8) takes no more than 255 characters of layers, containerd does
+        else:
+            self._containerd.shell(command)
+        return outside
+
+    def _overlay(self, target: Path, text: str) -> None:
+        """Mount what containerd tells of an overlay."""
+        options = dict(option.partition("=")[::2] for option in text.split(","))
+        upper, work = (self._containerd.outside(options.pop(name)) for name in ("upperdir", "workdir"))
+        lowers = [self._containerd.outside(one) for one in options.pop("lowerdir").split(":")]
+        rest = {name: value or None for name, value in options.items()}
+        mount.overlay(target, lowers=lowers, upper=upper, work=work, options=rest)
 
     def commit(self, container: str, image: str) -> None:
         raise NotHere("containerd's client makes a layer, but no image, of a container's changes")
@@ -243,6 +259,11 @@ class ContainerdSide:
 
     def forget(self, image: str) -> None:
         self._containerd.ctr("images", "rm", "--sync", *self._names(self._references.pop(image)))
+        for key in reversed(self._chains.pop(image)):  # what `ctr snapshots unpack` has made stays until then
+            try:
+                self._ctr("rm", key)
+            except HpmapperError:
+                return  # another image stands on it
 
     def _names(self, reference: str) -> list[str]:
         """Every name that importing gave to what the reference names."""
@@ -251,19 +272,18 @@ class ContainerdSide:
         return [name for name, digest in digests.items() if digest == digests[reference] or name == reference]
 
 
-def _top(layout: Path) -> str:
-    """The chain ID of a layout's image, under which its topmost snapshot is kept."""
+def _chain(layout: Path) -> list[str]:
+    """The chain IDs of a layout's image, lowest first: the names of its snapshots."""
     blobs = layout / "blobs/sha256"
 
     def document(digest: str) -> Any:
         return json.loads((blobs / digest.partition(":")[2]).read_bytes())
 
     manifest = document(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
-    key: str | None = None
+    keys: list[str] = []
     for diff_id in document(manifest["config"]["digest"])["rootfs"]["diff_ids"]:
-        key = chain_id(key, diff_id)
-    assert key is not None
-    return key
+        keys.append(chain_id(keys[-1] if keys else None, diff_id))
+    return keys
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from hpmapper.config import Config
 from hpmapper.containers import Containers
 from hpmapper.drivers import registry
 from hpmapper.engine import Engine
-from hpmapper.errors import HpmapperError, InvalidArgument, Unsupported
+from hpmapper.errors import InvalidArgument, Unsupported
 from hpmapper.image.documents import ImportOptions
 from hpmapper.images import Images
+from hpmapper.kernel.probe import probe_all
 from hpmapper.root import open_root
 
 
@@ -150,13 +151,12 @@ class Local:
             registered = registry.by_name(self.driver) if self.driver else None
         except InvalidArgument:
             return f"this hpmapper has no driver {self.driver}"
-        if registered is None or registered.needs_pool:
-            return ""  # told by opening it: it depends on the file system, which is not there yet
-        try:
-            found = registry.probe(registered, directory, Config().pool(registered))
-        except HpmapperError as error:
-            return str(error)
-        return "" if found.works else found.why
+        if registered is None:
+            return ""
+        # Features of the kernel alone: what depends on the file system, which is not there yet, opening it tells.
+        seen = {one.name: one for one in probe_all(directory, [name for group in registered.needs for name in group])}
+        missing = [group for group in registered.needs if not any(seen[name].available for name in group)]
+        return "; ".join(f"{seen[group[0]].name}: {seen[group[0]].detail}" for group in missing)
 
 
 @contextmanager
@@ -200,7 +200,8 @@ LOCALS = (
     Local("overlay-xfs", "xfs", "overlay"),
     Local("overlay-ext4", "ext4", "overlay"),
     Local("btrfs", "btrfs", "btrfs"),
-    Local("zfs", "xfs", "zfs"),
+    Local("zfs", "zfs", "zfs"),
+    Local("aufs", "ext4", "aufs"),
     Local("devicemapper", "xfs", "devicemapper"),
     Local("vfs", "ext4", "vfs"),
 )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hpmapper.bench.harness import MIB, Bench, NotHere, Run, Side, Turn, case, container, image
-from hpmapper.bench.measure import drop_caches, read_all
+from hpmapper.bench.measure import brought_in, drop_caches
 from hpmapper.bench.results import Axis, Quantity
 from hpmapper.bench.suites.ingest import device_bytes
 
@@ -20,19 +19,11 @@ _PLAIN = 10
 """Containers that are whole copies: more of them take the disk's space, and show nothing new."""
 
 
-def _cached() -> float:
-    """MiB of the host's page cache."""
-    found = dict(re.findall(r"^(Cached|Buffers|Shmem):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    return (int(found["Cached"]) + int(found["Buffers"]) - int(found["Shmem"])) / 1024
-
-
 def _read(side: Side, roots: list[Path], turn: Turn) -> None:
     """Let each root be read, one after the other, from empty caches; note what was read, and what is cached of it."""
     drop_caches()
-    cached, read = _cached(), device_bytes(side.home, written=False)
-    for root in roots:
-        read_all(root)
-    turn.note("page cache", _cached() - cached)
+    read = device_bytes(side.home, written=False)
+    turn.note("page cache", brought_in(roots) / MIB)
     turn.note("read", (device_bytes(side.home, written=False) - read) / MIB)
 
 
@@ -47,8 +38,8 @@ def _read(side: Side, roots: list[Path], turn: Turn) -> None:
 )
 @contextmanager
 def same_image(side: Side, bench: Bench) -> Iterator[Run]:
-    """So many containers of one image, each of which reads all of its 40 MiB, one after the other. The page cache is
-    the host's as a whole, counted before and after."""
+    """So many containers of one image, each of which reads all of its 40 MiB, one after the other. Page cache:
+    what the readers brought in, by their control group; what a FUSE server reads for them is not in it."""
     size = 2 * MIB if bench.short else 5 * MIB
     if side.name == "vfs" and bench.number > _PLAIN:
         raise NotHere(f"{bench.number} whole copies of the image cache {bench.number} times its bytes")

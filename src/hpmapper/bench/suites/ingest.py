@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpmapper.bench import images
-from hpmapper.bench.harness import MIB, Bench, Run, Side, Turn, case
+from hpmapper.bench.harness import MIB, Bench, NotHere, Run, Side, Turn, case
 from hpmapper.bench.measure import read_all
 from hpmapper.bench.results import Quantity
 from hpmapper.bench.synthetic import small_files
+from hpmapper.kernel.fs import filesystem_name
 from hpmapper.kernel.sync import syncfs
 
 _QUANTITIES = [
@@ -36,6 +37,8 @@ def device_bytes(home: Path, *, written: bool) -> int:
 def _below(home: Path) -> int:
     from hpmapper.kernel import mount
 
+    if filesystem_name(home) == "zfs":
+        raise NotHere("ZFS has a cache of its own, and does not tell the device below a dataset")
     found = max((one for one in mount.mounts() if home.is_relative_to(one.target)), key=lambda one: len(one.target))
     return os.stat(found.source).st_rdev
 
