@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from hpmapper.kernel.cachestat import cachestat
+from hpmapper.kernel.fs import open_known
 from hpmapper.kernel.mincore import PAGE, resident
 
 
@@ -38,13 +39,18 @@ _GONE = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ESTALE})
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[int | None]:
-    """A file to look at, without touching its times; None when it is gone, or has become something else."""
+def opened(path: str | os.PathLike[str], *, known: bool = False) -> Iterator[int | None]:
+    """A file to look at, without touching its times; None when it is gone, or has become something else.
+
+    With `known` also None when the kernel has forgotten it, and so has nothing of it cached: no disk is asked then.
+    """
     try:
-        fd = os.open(path, _FLAGS)
+        fd = open_known(path, _FLAGS) if known else os.open(path, _FLAGS)
     except OSError as error:
         if error.errno not in _GONE:
             raise
+        fd = None
+    if fd is None:
         yield None
         return
     try:
@@ -54,8 +60,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[int | None]:
 
 
 def count(path: str | os.PathLike[str]) -> Counts:
-    """The pages of a file or block device; nothing when it is gone."""
-    with opened(path) as fd:
+    """The pages of a file or block device; nothing when it is gone, or forgotten by the kernel."""
+    with opened(path, known=True) as fd:
         return NOTHING if fd is None else count_open(fd)
 
 

@@ -217,7 +217,7 @@ def _live_readers(inventory: Inventory) -> dict[str, int]:
 
 def shared_pieces(path: str) -> list[Piece]:
     """What of a file is cached, clean, and in blocks that it shares."""
-    with opened(path) as fd:
+    with opened(path, known=True) as fd:
         if fd is None:
             return []
         counts = count_open(fd)
@@ -297,7 +297,7 @@ def same_files(tops: Iterable[Path]) -> list[SameFiles]:
 
 
 def _digest_of_cached(path: str, size: int) -> bytes | None:
-    with opened(path) as fd:
+    with opened(path, known=True) as fd:
         if fd is None or count_open(fd).cached < size:
             return None
         return blake3().update_mmap(f"/proc/self/fd/{fd}").digest()

@@ -10,8 +10,10 @@ Calm until the kernel reports pressure: a PSI trigger of the machine's memory, P
 stalls (level "low": "medium" did not come when a group read a file of three times its size).
 Then *relieving*: rounds of trimming, idle containers' duplicates first; those of containers at work only where the
 machine as a whole stalls (PSI "full"), because these read theirs from the disk again (docs/measurements.md). A round
-drops at most `round_bytes`; the next begins at least `pause` later, and later still if looking was expensive. Calm
-again once pressure is below `calm_below` and no event came for `calm_after`.
+drops at most `round_bytes`; the next begins at least `pause` later, later still if looking was expensive, and later
+each time that nothing was dropped and nobody pressed. Calm again once pressure is below `calm_below` and no event came
+for `calm_after`: that is long, because where memory was short once it is short again, and what the kernel evicts before
+anybody looks is not the duplicates, but what was read longest ago.
 
 Nothing here is on anybody's way: whoever starts the thread can stop it, or die, at any moment.
 """
@@ -49,6 +51,10 @@ _WINDOW_US = 2_000_000
 """Of the PSI triggers: without CAP_SYS_RESOURCE only multiples of two seconds are taken (Linux 6.5)."""
 
 
+_MOST_PATIENCE = 8
+"""How many pauses lie between two rounds at most, while nothing happens."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How eager the manager is.
@@ -68,7 +74,7 @@ class Settings:
     stall_us: int = 100_000
     calm_below: float = 1.0
     busy_above: float = 10.0
-    calm_after: float = 10.0
+    calm_after: float = 120.0
     round_bytes: int = 256 << 20
     pause: float = 1.0
     looking_share: float = 0.1
@@ -212,21 +218,35 @@ class CacheManager:
         self._counters.add(relief_begun=1)
         if self._guarded(self._begin_watching) is not None:
             self._stop.wait(LOOK_SECONDS)
-        last_event = time.monotonic()
+        last_event, patience = time.monotonic(), self._settings.pause
         while not self._stop.is_set():
-            began = time.monotonic()
+            began, before = time.monotonic(), self._dropped()
             looked = self._guarded(partial(self._round, busy=self._is_critical()))
-            pause = max(self._settings.pause, (looked or 0.0) / self._settings.looking_share)
-            if pause > self._settings.pause:
+            least = max(self._settings.pause, (looked or 0.0) / self._settings.looking_share)
+            if least > self._settings.pause:
                 self._counters.add(rounds_delayed=1)
-            deadline = began + pause
-            while not self._stop.is_set() and time.monotonic() < deadline:
-                if self._wait(sources, deadline - time.monotonic()):
-                    last_event = time.monotonic()
-                    self._stop.wait(min(0.1, max(0.0, deadline - time.monotonic())))  # events come in swarms
+            pressed = self._rest(sources, began + least, began + max(least, patience))
+            if pressed:
+                last_event = time.monotonic()
             quiet = time.monotonic() - last_event > self._settings.calm_after
             if quiet and not self._is_pressed():
                 return
+            active = pressed or self._dropped() > before
+            patience = self._settings.pause if active else min(2 * patience, _MOST_PATIENCE * self._settings.pause)
+
+    def _rest(self, sources: select.poll, earliest: float, latest: float) -> bool:
+        """Wait until then, or until pressure comes, but not less than until `earliest`; whether it came."""
+        pressed = False
+        until = latest
+        while not self._stop.is_set() and time.monotonic() < until:
+            if self._wait(sources, until - time.monotonic()):
+                pressed, until = True, earliest
+                self._stop.wait(min(0.1, max(0.0, until - time.monotonic())))  # events come in swarms
+        return pressed
+
+    def _dropped(self) -> float:
+        counted = self._counters.snapshot()
+        return counted["trimmed_idle_bytes"] + counted["trimmed_busy_bytes"]
 
     def _begin_watching(self) -> float:
         """What containers do from here on decides who is idle."""

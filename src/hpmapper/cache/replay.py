@@ -26,7 +26,7 @@ _THREADS = 16
 """Files opened at a time: opening a cold one waits for its inode, and the others need not wait with it."""
 
 _PIECE = 128 << 10
-_UNDER_WAY = 4
+_UNDER_WAY = 8
 """Bytes asked for at a time, and how many times that at once. What a disk of 200 MB/s and 1 ms has under way when it is
 busy is 200 KB; what is more is time that the container waits behind it."""
 
@@ -135,5 +135,5 @@ def _read_ahead(path: str, runs: tuple[Run, ...], under_way: threading.Semaphore
 
 
 def _is_file_cached(places: Places, digest: ObjectDigest, runs: tuple[Run, ...]) -> bool:
-    with opened(places.object_file(digest) or "") as fd:
+    with opened(places.object_file(digest) or "", known=True) as fd:
         return fd is not None and count_open(fd).cached >= sum(run.end - run.start for run in runs)

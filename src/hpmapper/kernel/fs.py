@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from typing import NamedTuple
 
 from hpmapper.kernel.syscall import (
+    AT_FDCWD,
     NR_GETDENTS64,
     NR_OPENAT2,
     NR_STATFS,
@@ -221,6 +223,7 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
+RESOLVE_CACHED = 0x20
 
 
 def openat2(directory: int, path: AnyPath, flags: int, mode: int = 0, *, resolve: int = RESOLVE_IN_ROOT) -> int:
@@ -239,3 +242,19 @@ def open_in_root(root: AnyPath, path: AnyPath, flags: int = os.O_RDONLY, mode: i
     """`openat2` below the directory `root`; the caller closes the fd."""
     with opened(root, os.O_PATH | os.O_DIRECTORY) as directory:
         return openat2(directory, path, flags, mode)
+
+
+def open_known(path: AnyPath, flags: int) -> int | None:
+    """Open a file if the kernel has its name in memory, else None; the caller closes the fd.
+
+    (Linux 5.12, commit 99668f618062; before as open(2).) A file that the kernel has forgotten has nothing cached, but
+    for a rare moment: to find that out no disk need be asked.
+    """
+    try:
+        return openat2(AT_FDCWD, path, flags, resolve=RESOLVE_CACHED)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            return None
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):  # EPERM: of a filter that does not know it
+            raise
+    return os.open(path, flags | os.O_CLOEXEC)
