@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 
 from hpmapper.engine import Engine
-from hpmapper.errors import FailedPrecondition, HpmapperError
+from hpmapper.errors import FailedPrecondition, HpmapperError, NotFound
 from hpmapper.forest import TARGET_LABEL
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Snapshot
@@ -174,6 +174,8 @@ class Caretaker:
         """Merge the maps of the image whose uppermost layer a snapshot is."""
         try:
             self._engine.finish(snapshots.by_id(self._engine.db, top))
+        except NotFound:
+            pass  # removed since
         except HpmapperError as error:
             log.warning("the image of snapshot %s is not made ready: %s", top, error)
 

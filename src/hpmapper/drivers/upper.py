@@ -49,7 +49,7 @@ _NOBODYS_ID = 2**32 - 2
 
 
 STANDS_ON = "on"
-"""A file in a/ID: the layers' directories on which the root was last mounted with its ids mapped, a line each."""
+"""The directory of files ID: the layers' directories on which a root was mounted with its ids mapped, a line each."""
 
 
 class Stack(NamedTuple):
@@ -98,7 +98,7 @@ class UpperDriver:
         return self.home / "l" / str(layer)
 
     def _make_home(self, *more: str) -> None:
-        for name in ("a", "l", "t", "empty", *more):
+        for name in ("a", "l", "t", "empty", STANDS_ON, *more):
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         self._device = os.stat(self.home).st_dev  # each time: a pool attached again may have another
         self._limits = limits_of(self.home, ours=self._owns_file_system())
@@ -163,7 +163,7 @@ class UpperDriver:
                     layer = _Mapper(ids, top, stack) if ids else _as_it_is
                     below = self._stack(chain)
                     if ids:
-                        Path(top, STANDS_ON).write_text("\n".join(below.lowers))
+                        (self.home / STANDS_ON / str(snapshot)).write_text("\n".join(below.lowers))
                     self._mount(top, below, read_only, layer)
         return Path(top, "m")
 
@@ -242,9 +242,9 @@ class UpperDriver:
 
     def _is_mapped_lower(self, path: str) -> bool:
         """Whether an overlay may have a directory for a lower layer under other owners, which mountinfo calls "/u"."""
-        for name in os.listdir(self.home / "a"):
-            with suppress(OSError):
-                if path in (self.home / "a" / name / STANDS_ON).read_text().split("\n"):
+        for name in os.listdir(f"{self.home}/{STANDS_ON}"):
+            with suppress(FileNotFoundError):
+                if path in (self.home / STANDS_ON / name).read_text().split("\n"):
                     return True
         return False
 
@@ -253,6 +253,8 @@ class UpperDriver:
         faults.point("remove.unmounted")
         self._limits.lift(self._snapshot(snapshot))
         faults.point("remove.unlimited")
+        with suppress(FileNotFoundError):
+            os.unlink(f"{self.home}/{STANDS_ON}/{snapshot}")
         discard(self._snapshot(snapshot), self.scratch)
 
     def usage(self, snapshot: SnapshotId) -> Usage:

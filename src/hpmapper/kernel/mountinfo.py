@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from hpmapper.kernel.syscall import (
@@ -23,6 +24,7 @@ _STATX_ATTR_MOUNT_ROOT = 0x2000  # Linux 5.8, commit 80340fe3605c
 _STATX_ATTRIBUTES = struct.Struct("=8xQ40xQ")
 _STATX_SIZE = 256
 _ESCAPE = re.compile(r"\\([0-7]{3})")
+_ESCAPED_IN_OPTIONS = re.compile(r"[\s\\:,#]")
 
 
 class Mount(NamedTuple):
@@ -64,9 +66,18 @@ def is_mountpoint(path: AnyPath) -> bool:
 
 def mounts() -> list[Mount]:
     """Everything mounted in the calling thread's namespace, in the order of mounting."""
+    return list(_parsed(_text()))
+
+
+def _parsed(text: str) -> Iterator[Mount]:
+    # Not splitlines(): names may hold other characters that it takes for the end of a line.
+    return map(parse_mount, text.removesuffix("\n").split("\n"))
+
+
+def _text() -> str:
     # Not /proc/self, which is the main thread's: a thread may have a namespace of its own.
-    with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return [parse_mount(line) for line in lines]
+    with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return file.read()
 
 
 def mounts_below(path: AnyPath) -> list[Mount]:
@@ -78,7 +89,10 @@ def mounts_below(path: AnyPath) -> list[Mount]:
 
 def is_lower(path: str) -> bool:
     """Whether an overlay that is mounted in this namespace has the directory for a lower layer."""
-    return any(path in _lowers(one.super_options) for one in mounts() if one.fstype == "overlay")
+    text = _text()
+    if not _ESCAPED_IN_OPTIONS.search(path) and path not in text:
+        return False  # the usual answer, without understanding thousands of lines
+    return any(path in _lowers(one.super_options) for one in _parsed(text) if one.fstype == "overlay")
 
 
 def _lowers(options: str) -> set[str]:
