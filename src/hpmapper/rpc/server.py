@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.pipe import Flag
 from hpmapper.rpc.calls import Calls
 from hpmapper.rpc.nghttp2 import HeaderBlock, ProtocolError, Session
 from hpmapper.rpc.status import Code, Failure
@@ -62,9 +63,18 @@ class Call:
     """A request. `cancelled` is set when nobody waits for the answer any more."""
 
     message: bytes
-    metadata: Metadata = ()
+    headers: Sequence[tuple[bytes, bytes]] = ()
     quick: bool = True
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: Flag = field(default_factory=Flag)
+
+    @property
+    def metadata(self) -> Metadata:
+        """What containerd tells of the caller: its namespace, its lease."""
+        return tuple(
+            (name.decode("ascii", "replace"), value.decode("utf-8", "replace"))
+            for name, value in self.headers
+            if name.startswith(b"containerd-")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +400,7 @@ class Server:
             raise Failure(Code.UNIMPLEMENTED, "compressed messages are not understood")
         if size != len(body) - _PREFIX.size:
             raise Failure(Code.INTERNAL, "the call has not exactly one whole message")
-        return method, Call(bytes(memoryview(body)[_PREFIX.size :]), _metadata(stream.headers), method.quick)
+        return method, Call(bytes(memoryview(body)[_PREFIX.size :]), stream.headers, method.quick)
 
     def _answer_quick(self, calls: list[tuple[_Connection, int, _Stream, Method, Call]]) -> None:
         """Call the quick methods of one turn; nothing is answered before the batch is over."""
@@ -466,14 +476,6 @@ def _finished(act: Callable[[], Iterable[bytes] | After]) -> list[bytes] | Failu
         return list(result)
     except Exception as error:
         return Failure.of(error)
-
-
-def _metadata(headers: list[tuple[bytes, bytes]]) -> Metadata:
-    return tuple(
-        (name.decode("ascii", "replace"), value.decode("utf-8", "replace"))
-        for name, value in headers
-        if name.startswith(b"containerd-")
-    )
 
 
 def _failed(failure: Failure) -> HeaderBlock:
