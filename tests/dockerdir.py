@@ -17,34 +17,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpmapper.check import check
+from hpmapper.config import Config
+from hpmapper.containers import Containers
 from hpmapper.drivers.devicemapper import thin
 from hpmapper.engine import chain_id
+from hpmapper.errors import Corrupt
 from hpmapper.image import oci
+from hpmapper.images import Images
 from hpmapper.kernel import dm, loop, mount
+from hpmapper.meta import snapshots
+from hpmapper.root import open_root
 from hpmapper.store.workspace import remove_tree
 from hpmapper.testing import trees
+from hpmapper.testing.tars import LINK, SYMLINK, folder, member, tar
 
 BASE_SIZE, DATA_SIZE, METADATA_SIZE = 512 << 20, 1 << 30, 16 << 20
 _BLOCK = 128
 CREATED = "2021-03-04T05:06:07.123456789Z"
 
 
-def tar_split(tar: bytes) -> bytes:
+def tar_split(layer: bytes) -> bytes:
     """What Docker keeps of a layer's tar."""
     lines: list[dict[str, Any]] = []
     at = 0
 
     def segment(end: int) -> None:
-        lines.append({"type": 2, "payload": base64.b64encode(tar[at:end]).decode()})
+        lines.append({"type": 2, "payload": base64.b64encode(layer[at:end]).decode()})
 
-    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+    with tarfile.open(fileobj=io.BytesIO(layer)) as members:
         for one in members:
             if not (one.isreg() and one.size):
                 continue
             segment(one.offset_data)
             at = one.offset_data + one.size
             lines.append({"type": 1, **_named(one.name), "size": one.size, "payload": "AAAAAAAAAAA="})
-    segment(len(tar))
+    segment(len(layer))
     numbered = [json.dumps({**line, "position": number}) for number, line in enumerate(lines)]
     return gzip.compress("\n".join(numbered).encode(), 1)
 
@@ -66,6 +74,7 @@ class DockerDirectory:
         self.kind = kind
         self.image = root / "image/devicemapper"
         self._names: dict[str, dict[str, str]] = {}
+        self.app = ""
         self._next = 1
         self._transaction = 0
         self.expected: dict[str, dict[bytes, trees.Facts]] = {}
@@ -123,19 +132,19 @@ class DockerDirectory:
         _write(self.image / "repositories.json", json.dumps({"Repositories": self._names}).encode())
         return image
 
-    def _layer(self, chain: str, parent: str | None, diff_id: str, tar: bytes) -> None:
+    def _layer(self, chain: str, parent: str | None, diff_id: str, layer: bytes) -> None:
         place = self.image / "layerdb/sha256" / chain[7:]
         if place.exists():
             return
         cache = hashlib.sha256(chain.encode()).hexdigest()
         below = self._cache(parent) if parent else "base"
         with self._device(cache, below) as path, self._mounted(path) as top:
-            _apply(tar, top / "rootfs")
+            _apply(layer, top / "rootfs")
             self.expected[chain] = trees.read_tree(top / "rootfs")
         _write(place / "cache-id", cache.encode())
         _write(place / "diff", diff_id.encode())
-        _write(place / "size", str(len(tar)).encode())
-        _write(place / "tar-split.json.gz", tar_split(tar))
+        _write(place / "size", str(len(layer)).encode())
+        _write(place / "tar-split.json.gz", tar_split(layer))
         if parent:
             _write(place / "parent", parent.encode())
 
@@ -185,13 +194,18 @@ class DockerDirectory:
             dm.resume(f"{self.prefix}-{device}")
 
     def _make(self, name: str, parent: str | None) -> int:
-        pool, number = f"{self.prefix}-pool", self._next
-        self._next += 1
+        pool, number = f"{self.prefix}-pool", self._note(name)
         if parent is None:
             thin.create(pool, number)
         else:
             thin.snapshot(pool, number, self._number(parent))
-        thin.set_transaction(pool, self._transaction, self._transaction + 1)
+        thin.set_transaction(pool, self._transaction - 1, self._transaction)
+        return number
+
+    def _note(self, name: str) -> int:
+        """Record the next device; its number."""
+        number = self._next
+        self._next += 1
         self._transaction += 1
         facts = {"device_id": number, "size": BASE_SIZE, "transaction_id": self._transaction, "initialized": False}
         _write(self.home / "metadata" / name, json.dumps(facts | {"deleted": False}).encode())
@@ -221,10 +235,51 @@ class DockerDirectory:
         return [_digest(path) for path in self.files]
 
 
-def _apply(tar: bytes, root: Path) -> None:
+class PlainDirectory(DockerDirectory):
+    """The same with directories for devices: what is said of them can be tried on hosts without device mapper.
+
+    It stands for `hpmapper.migrate.thinroot.ThinRoots`, too.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._devices = root.parent / "devices"
+        self._devices.mkdir()
+
+    def make_base(self) -> None:
+        with self._device("base", None) as path:
+            (path / "rootfs").mkdir(mode=0o755)
+
+    @contextmanager
+    def root_of(self, device: int, size: int, directory: str) -> Iterator[Path]:
+        """As `ThinRoots.root`."""
+        place = self._devices / str(device) / directory
+        if size != BASE_SIZE or not place.exists():
+            raise Corrupt(f"there is no thin device {device} of {size} bytes")
+        yield place
+
+    def _make(self, name: str, parent: str | None) -> int:
+        number = self._note(name)
+        place = self._devices / str(number)
+        if parent is None:
+            place.mkdir()
+        else:
+            subprocess.run(["cp", "-a", self._devices / str(self._number(parent)), place], check=True)
+        return number
+
+    @contextmanager
+    def _device(self, name: str, parent: str | None) -> Iterator[Path]:
+        yield self._devices / str(self._make(name, parent))
+
+    @contextmanager
+    def _mounted(self, path: Path) -> Iterator[Path]:
+        yield path
+
+
+def _apply(layer: bytes, root: Path) -> None:
     """Unpack a layer as Docker does: deletions delete."""
     command = ["tar", "--extract", "--numeric-owner", "--same-permissions", "--xattrs", "--xattrs-include=*"]
-    subprocess.run([*command, f"--directory={root}/."], input=tar, check=True)
+    subprocess.run([*command, f"--directory={root}/."], input=layer, check=True)
     for marker in list(root.rglob(".wh.*")):
         marker.unlink()
         victim = marker.with_name(marker.name.removeprefix(".wh."))
@@ -250,3 +305,67 @@ def _digest(path: Path) -> str:
             end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
             file.seek(start)
             digest.update(b"%d:%d:" % (start, end) + file.read(end - start))
+
+
+LAYERS = [
+    tar(
+        folder(b"etc/"),
+        member(b"etc/motd", b"hello"),
+        member(b"etc/shadow", b"secret", mode=0o600, uid=1, gid=2),
+        member(b"etc/hard", kind=LINK, link=b"etc/motd"),
+        folder(b"usr/"),
+        folder(b"usr/lib/"),
+        member(b"lib", kind=SYMLINK, link=b"usr/lib"),
+        member(b"usr/lib/data", bytes(range(256)) * 700),
+        folder(b"opt/"),
+        member(b"opt/gone", b"gone"),
+    ),
+    tar(folder(b"etc/"), member(b"etc/new", b"n" * 5000), member(b"opt/.wh.gone"), member(b"lib/late", b"late" * 999)),
+    tar(member(b"top", b"top")),
+]
+
+CHANGES = [
+    trees.write("etc/motd", b"HELLO"),
+    trees.remove("etc/new"),
+    trees.write("usr/lib/data", b"!", 70_000),
+    trees.directory("made"),
+    trees.symlink("nowhere", "made/link"),
+    trees.chown("etc/shadow", 5, 6),
+    trees.set_xattr("etc/shadow", "user.note", b"noted"),
+]
+
+
+def fill(made: DockerDirectory) -> None:
+    """Two images that share layers, and a container."""
+    made.make_base()
+    made.app = made.add_image(["app:1", "app:latest"], LAYERS[:2], Cmd=["sh"])
+    made.add_image(["registry.example.com:5000/team/app:2"], LAYERS)
+    made.add_container("stopped", made.app, CHANGES)
+
+
+def assert_moved(target: Config, docker: DockerDirectory) -> None:
+    """Fail unless a root has what `fill` made, and other containers of this directory."""
+    with open_root(target) as opened:
+        images, containers = Images(opened.engine), Containers(opened.engine)
+        names = {name for row in images.all() for name in row.names}
+        assert names == {
+            "docker.io/library/app:1",
+            "docker.io/library/app:latest",
+            "registry.example.com:5000/team/app:2",
+        }
+        for row in images.all():
+            config = docker.image / "imagedb/content/sha256" / row.id[7:]
+            assert row.config == config.read_bytes()
+            assert row.size == sum(len(layer) for layer in LAYERS[: len(images.layers(row))])
+            for snapshot in images.layers(row):
+                assert snapshot.layer is not None
+                layer = snapshots.layer(opened.engine.db, snapshot.layer)
+                assert b"".join(opened.engine.read_tar(snapshot)) in LAYERS
+                assert layer.diff_id
+        assert {row.name for row in containers.all()} == {name for name in docker.expected if ":" not in name}
+        for container in containers.all():
+            found = trees.read_tree(containers.mount(container))
+            assert found == docker.expected[container.name], container.name
+            assert container.created == 1614834367_123456789
+            containers.unmount(container)
+        assert list(check(opened.engine)) == []
