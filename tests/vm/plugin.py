@@ -58,6 +58,10 @@ def _is_quick(feature: str) -> bool:
     return feature != "zfs" or (found is not None and zfs.cached(found) is not None)
 
 
+_BUILD_SECONDS = 3600
+"""More than building images takes, ZFS's modules included."""
+
+
 class Beside:
     """The process that runs the guest, beside this pytest: a thread would not do, since tests fork."""
 
@@ -123,8 +127,15 @@ class Guests:
             self._left_out = [f"{len(left)} of {len(guest)} tests in a guest kernel NOT RUN: {why or './test --vm'}"]
             counts = Counter(item.nodeid.partition("[")[0] for item in left)
             self._left_out += [f"    {name}" + f" ({count} cases)" * (count > 1) for name, count in counts.items()]
+        for item in self._chosen:
+            item.add_marker(pytest.mark.timeout(self._patience(item)), append=False)
         others = [item for item in items if item not in self._chosen]
         items[:] = [*others, *self._chosen]
+
+    def _patience(self, item: pytest.Item) -> float:
+        """How long a report is waited for, in seconds: the guest's pytest ends the test sooner, once it has begun."""
+        own = item.get_closest_marker("timeout")
+        return (own.args[0] if own else float(self._config.getini("timeout"))) + _BUILD_SECONDS
 
     def _why_not(self) -> str:
         mode = self._config.getoption("--vm")
