@@ -226,11 +226,17 @@ def _fallocate(pick: _Picker) -> Operation:
 
 
 def _copy_range(pick: _Picker) -> Operation:
+    """As cp(1) does: by reading and writing, where the kernel answers EXDEV (a file in a map, copy_file_range(2))."""
     source, target, offset = pick.other_file(), pick.file(), pick.value(OFFSETS)
 
     def act(top: bytes) -> None:
         with open(os.path.join(top, source), "rb") as out, open(os.path.join(top, target), "r+b") as into:
-            os.copy_file_range(out.fileno(), into.fileno(), 4096, 0, offset)
+            try:
+                os.copy_file_range(out.fileno(), into.fileno(), 4096, 0, offset)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                os.pwrite(into.fileno(), os.pread(out.fileno(), 4096, 0), offset)
 
     return Operation(f"copy_file_range {source!r} to {target!r} at {offset}", act, (target,))
 
