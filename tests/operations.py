@@ -247,7 +247,7 @@ def _rename(pick: _Picker) -> Operation:
     def act(top: bytes) -> None:
         os.rename(os.path.join(top, source), os.path.join(top, target))
 
-    return Operation(f"rename {source!r} to {target!r}", act, (source,))
+    return Operation(f"rename {source!r} to {target!r}", act, () if source == target else (source,))
 
 
 def _exchange(pick: _Picker) -> Operation:
@@ -256,7 +256,7 @@ def _exchange(pick: _Picker) -> Operation:
     def act(top: bytes) -> None:
         rename_exchange(os.path.join(top, one), os.path.join(top, other))
 
-    return Operation(f"exchange {one!r} and {other!r}", act, (one, other))
+    return Operation(f"exchange {one!r} and {other!r}", act, () if one == other else (one, other))
 
 
 def _link(pick: _Picker) -> Operation:
@@ -412,22 +412,20 @@ def split_off(root: Path, path: bytes) -> None:
     """Make a name of a linked file a file of its own, as overlayfs does when it copies up."""
     place = os.path.join(os.fsencode(root), path)
     copy = place + b".copy"
-    shutil.copy2(place, copy, follow_symlinks=False) if stat.S_ISREG(os.lstat(place).st_mode) else _copy(place, copy)
     status = os.lstat(place)
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(place), copy)
+    elif stat.S_ISREG(status.st_mode):
+        shutil.copyfile(place, copy)
+    else:
+        os.mknod(copy, status.st_mode, status.st_rdev)
     os.chown(copy, status.st_uid, status.st_gid, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         os.chmod(copy, stat.S_IMODE(status.st_mode))
     for name in os.listxattr(place, follow_symlinks=False):
         os.setxattr(copy, name, os.getxattr(place, name, follow_symlinks=False), follow_symlinks=False)
+    os.utime(copy, ns=(status.st_mtime_ns, status.st_mtime_ns), follow_symlinks=False)
     os.rename(copy, place)
-
-
-def _copy(place: bytes, copy: bytes) -> None:
-    status = os.lstat(place)
-    if stat.S_ISLNK(status.st_mode):
-        os.symlink(os.readlink(place), copy)
-    else:
-        os.mknod(copy, status.st_mode, status.st_rdev)
 
 
 def apply_layer(layer: bytes, root: Path) -> None:
