@@ -60,11 +60,13 @@ class Operation(NamedTuple):
         text: for people.
         act: does it, in the tree whose root is given.
         changes: paths whose files it changes, be it their place alone.
+        puts: paths that get what was elsewhere.
     """
 
     text: str
     act: Callable[[bytes], object]
     changes: tuple[bytes, ...]
+    puts: tuple[bytes, ...] = ()
 
     def outcome(self, root: Path) -> int:
         """Do it in a tree; 0, or the errno."""
@@ -247,7 +249,7 @@ def _rename(pick: _Picker) -> Operation:
     def act(top: bytes) -> None:
         os.rename(os.path.join(top, source), os.path.join(top, target))
 
-    return Operation(f"rename {source!r} to {target!r}", act, () if source == target else (source,))
+    return Operation(f"rename {source!r} to {target!r}", act, () if source == target else (source,), (target,))
 
 
 def _exchange(pick: _Picker) -> Operation:

@@ -200,7 +200,7 @@ class _Image:
 
     def note(self, operation: Operation) -> None:
         """An operation is about to be done."""
-        for path in operation.changes:
+        for path in operation.changes + operation.puts:
             while path:
                 self.touched.add(path)
                 path = os.path.dirname(path)
