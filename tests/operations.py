@@ -60,11 +60,13 @@ class Operation(NamedTuple):
         text: for people.
         act: does it, in the tree whose root is given.
         changes: paths whose files it changes, be it their place alone.
+        puts: paths that get what was elsewhere.
     """
 
     text: str
     act: Callable[[bytes], object]
     changes: tuple[bytes, ...]
+    puts: tuple[bytes, ...] = ()
 
     def outcome(self, root: Path) -> int:
         """Do it in a tree; 0, or the errno."""
@@ -226,11 +228,17 @@ def _fallocate(pick: _Picker) -> Operation:
 
 
 def _copy_range(pick: _Picker) -> Operation:
+    """As cp(1) does: by reading and writing, where the kernel answers EXDEV (a file in a map, copy_file_range(2))."""
     source, target, offset = pick.other_file(), pick.file(), pick.value(OFFSETS)
 
     def act(top: bytes) -> None:
         with open(os.path.join(top, source), "rb") as out, open(os.path.join(top, target), "r+b") as into:
-            os.copy_file_range(out.fileno(), into.fileno(), 4096, 0, offset)
+            try:
+                os.copy_file_range(out.fileno(), into.fileno(), 4096, 0, offset)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                os.pwrite(into.fileno(), os.pread(out.fileno(), 4096, 0), offset)
 
     return Operation(f"copy_file_range {source!r} to {target!r} at {offset}", act, (target,))
 
@@ -241,7 +249,7 @@ def _rename(pick: _Picker) -> Operation:
     def act(top: bytes) -> None:
         os.rename(os.path.join(top, source), os.path.join(top, target))
 
-    return Operation(f"rename {source!r} to {target!r}", act, (source,))
+    return Operation(f"rename {source!r} to {target!r}", act, () if source == target else (source,), (target,))
 
 
 def _exchange(pick: _Picker) -> Operation:
@@ -250,7 +258,7 @@ def _exchange(pick: _Picker) -> Operation:
     def act(top: bytes) -> None:
         rename_exchange(os.path.join(top, one), os.path.join(top, other))
 
-    return Operation(f"exchange {one!r} and {other!r}", act, (one, other))
+    return Operation(f"exchange {one!r} and {other!r}", act, () if one == other else (one, other))
 
 
 def _link(pick: _Picker) -> Operation:
@@ -406,22 +414,20 @@ def split_off(root: Path, path: bytes) -> None:
     """Make a name of a linked file a file of its own, as overlayfs does when it copies up."""
     place = os.path.join(os.fsencode(root), path)
     copy = place + b".copy"
-    shutil.copy2(place, copy, follow_symlinks=False) if stat.S_ISREG(os.lstat(place).st_mode) else _copy(place, copy)
     status = os.lstat(place)
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(place), copy)
+    elif stat.S_ISREG(status.st_mode):
+        shutil.copyfile(place, copy)
+    else:
+        os.mknod(copy, status.st_mode, status.st_rdev)
     os.chown(copy, status.st_uid, status.st_gid, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         os.chmod(copy, stat.S_IMODE(status.st_mode))
     for name in os.listxattr(place, follow_symlinks=False):
         os.setxattr(copy, name, os.getxattr(place, name, follow_symlinks=False), follow_symlinks=False)
+    os.utime(copy, ns=(status.st_mtime_ns, status.st_mtime_ns), follow_symlinks=False)
     os.rename(copy, place)
-
-
-def _copy(place: bytes, copy: bytes) -> None:
-    status = os.lstat(place)
-    if stat.S_ISLNK(status.st_mode):
-        os.symlink(os.readlink(place), copy)
-    else:
-        os.mknod(copy, status.st_mode, status.st_rdev)
 
 
 def apply_layer(layer: bytes, root: Path) -> None:

@@ -77,10 +77,12 @@ def stressed(place: Path, work: Path) -> Mapping[str, list[str]]:
     done = subprocess.run(["stress-ng", "--job", job], cwd=work, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert "run completed" in said, said[-3000:]
+    if done.returncode == 0:  # some remark on what they then do not count as a failure
+        return {}
     failures: dict[str, list[str]] = {}
     for name, text in _FAILURE.findall(said):
         failures.setdefault(name, []).append(text)
-    assert bool(failures) is (done.returncode != 0), said[-3000:]
+    assert failures, said[-3000:]
     return failures
 
 

@@ -107,28 +107,33 @@ class _Story:
             self._do(step, root, image)
         _take_times(root, self._model)
         assert_same(root, self._model)
-        after = read_tree(self._model)
-
-        snapshot = self._forest.get(key)
-        expected = _expected_changes(before, after)
-        linked = Counter(facts.same_as for facts in after.values())
-        spared = {f"C /{os.fsdecode(path)}" for path, facts in after.items() if self._may_be_listed(facts, linked)}
-        assert [one for one in self._subject.changes(snapshot) if one in expected or one not in spared] == expected
-        diff = self._subject.diff(snapshot)
-        assert self._subject.diff(snapshot) == diff
-        apply_layer(diff, copy)
-        assert_same(copy, self._model)
-        remove_tree(copy)
-
+        self._compare_changes(key, before, image)
+        diff = self._compare_diff(key, copy)
         self._commit(layer.way, key, diff)
         assert_same(self._opened(view := f"view-{next(_numbers)}"), self._model)
         self._forest.remove(view)
         self._engine.free_removed()
 
-    def _may_be_listed(self, facts: Facts, linked: Counter[bytes]) -> bool:
-        """Whether a file may count as changed that is as before: who looks at what was written sees that it was copied
-        up or written to, for nothing; and the names of one file are listed together."""
-        return self._capabilities.changes_from_upper or linked[facts.same_as] > 1
+    def _compare_changes(self, key: str, before: dict[bytes, Facts], image: _Image) -> None:
+        """The changes are those between the facts, and perhaps of what was written to for nothing: who looks at what
+        was written sees that. The names of one file may be listed together."""
+        after = read_tree(self._model)
+        expected = _expected_changes(before, after)
+        linked = Counter(facts.same_as for facts in after.values())
+        more = {path for path, facts in after.items() if linked[facts.same_as] > 1}
+        if self._capabilities.changes_from_upper:
+            more |= image.touched
+        spared = {f"C /{os.fsdecode(path)}" for path in more} - set(expected)
+        assert [one for one in self._subject.changes(self._forest.get(key)) if one not in spared] == expected
+
+    def _compare_diff(self, key: str, copy: Path) -> bytes:
+        """The layer's tar, the same each time, makes of a copy of the former directory the present one."""
+        diff = self._subject.diff(self._forest.get(key))
+        assert self._subject.diff(self._forest.get(key)) == diff
+        apply_layer(diff, copy)
+        assert_same(copy, self._model)
+        remove_tree(copy)
+        return diff
 
     def _opened(self, key: str) -> Path:
         self._forest.first_mounts(self._forest.prepare(key, self._parent, {}))
@@ -144,6 +149,7 @@ class _Story:
         operation = planned(step, self._model)
         if operation is None:
             return
+        image.note(operation)
         outcome = operation.outcome(root)
         note(f"{operation.text}: {errno.errorcode[outcome] if outcome else 'done'}")
         if outcome == errno.EXDEV and not self._capabilities.renames_directories:
@@ -178,10 +184,11 @@ class _Story:
 
 
 class _Image:
-    """What of the plain directory comes from lower layers."""
+    """What of the plain directory comes from lower layers, and `touched`: the paths that may have been copied up."""
 
     def __init__(self, model: Path) -> None:
         self._model = model
+        self.touched: set[bytes] = set()
         self._directories: set[int] = set()
         self._linked: set[int] = set()
         for path in model.rglob("*"):
@@ -190,6 +197,13 @@ class _Image:
                 self._directories.add(status.st_ino)
             elif status.st_nlink > 1:
                 self._linked.add(status.st_ino)
+
+    def note(self, operation: Operation) -> None:
+        """An operation is about to be done."""
+        for path in operation.changes + operation.puts:
+            while path:
+                self.touched.add(path)
+                path = os.path.dirname(path)
 
     def has_directory(self, operation: Operation) -> bool:
         """Whether an operation is about one of its directories."""
