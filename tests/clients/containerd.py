@@ -109,6 +109,9 @@ def config(setup: Setup, version: int) -> str:
 class Containerd:
     """containerd, the snapshotter and a registry at work in a machine."""
 
+    in_use = NAMESPACE
+    """The namespace that tests have containers in."""
+
     def __init__(self, machine: Machine, setup: Setup) -> None:
         self.machine = machine
         self.setup = setup
@@ -147,7 +150,8 @@ class Containerd:
     def restart_server(self) -> None:
         """Start the server again, and wait until containerd, which tries less and less often, has found it."""
         self.start_server()
-        self.machine.wait(self.daemon, lambda: self.ctr("snapshots", "--snapshotter", self.setup.name, "usage"))
+        words = ("snapshots", "--snapshotter", self.setup.name, "usage")
+        self.machine.wait(self.daemon, lambda: self.ctr(*words, namespace=self.in_use))
 
     def kill_server(self) -> None:
         """End the server as power loss would, but for what the kernel keeps."""

@@ -50,6 +50,7 @@ Settings = Mapping[str, object]
 class Node(Containerd):
     """containerd with its CRI plugin, set up for hpmapper."""
 
+    in_use = KUBERNETES
     cri: Cri
 
     def configure(self, *, discards: bool = False) -> None:
@@ -73,6 +74,7 @@ class Node(Containerd):
     def start_daemon(self) -> None:
         super().start_daemon()
         self.cri = Cri(self.machine.path("/"), self.machine.path(SOCKET))
+        self.machine.wait(self.daemon, self.cri.answers)
 
     def restart_daemon(self) -> None:
         """Kill containerd and start it again."""
@@ -181,12 +183,14 @@ def _operators(default: str, discards: bool) -> str:
     content["root"] = "/data/containerd"
     plugins: Any = content["plugins"]
     if content["version"] == 2:
-        images = plugins["io.containerd.grpc.v1.cri"]
+        images = runtime = plugins["io.containerd.grpc.v1.cri"]
         images["sandbox_image"] = PAUSE
         images["containerd"]["discard_unpacked_layers"] = discards
     else:
         images = plugins["io.containerd.cri.v1.images"]
         images["discard_unpacked_layers"] = discards
         images["pinned_images"]["sandbox"] = PAUSE
+        runtime = plugins["io.containerd.cri.v1.runtime"]
     images["stats_collect_period"] = STATS_SECONDS
+    runtime["restrict_oom_score_adj"] = True  # hosts without CAP_SYS_RESOURCE, as those of CI, cannot protect pods
     return tomlkit.dumps(content)
