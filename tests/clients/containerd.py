@@ -109,6 +109,9 @@ def config(setup: Setup, version: int) -> str:
 class Containerd:
     """containerd, the snapshotter and a registry at work in a machine."""
 
+    in_use = NAMESPACE
+    """The namespace that tests have containers in."""
+
     def __init__(self, machine: Machine, setup: Setup) -> None:
         self.machine = machine
         self.setup = setup
@@ -140,14 +143,18 @@ class Containerd:
         if not self.setup.command:
             return
         self.machine.path(ROOT).mkdir(mode=0o700, exist_ok=True)
-        words = self.setup.command.format(root=ROOT, socket=SNAPSHOTTER_SOCKET).split()
-        self.server = self.machine.start("server", *words)
+        self.server = self.launch(self.setup.command.format(root=ROOT, socket=SNAPSHOTTER_SOCKET).split())
         self.machine.wait(self.server, lambda: self.machine.answers(SNAPSHOTTER_SOCKET))
+
+    def launch(self, words: list[str]) -> Daemon:
+        """Start the program that is the server."""
+        return self.machine.start("server", *words)
 
     def restart_server(self) -> None:
         """Start the server again, and wait until containerd, which tries less and less often, has found it."""
         self.start_server()
-        self.machine.wait(self.daemon, lambda: self.ctr("snapshots", "--snapshotter", self.setup.name, "usage"))
+        words = ("snapshots", "--snapshotter", self.setup.name, "usage")
+        self.machine.wait(self.daemon, lambda: self.ctr(*words, namespace=self.in_use))
 
     def kill_server(self) -> None:
         """End the server as power loss would, but for what the kernel keeps."""

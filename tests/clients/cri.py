@@ -49,6 +49,16 @@ class Cri:
         """End the connection."""
         self._channel.close()
 
+    def answers(self) -> bool:
+        """Whether the CRI plugin is up, which is later than containerd."""
+        try:
+            self("Version")
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return False
+            raise
+        return True
+
     def __call__(self, method: str, **fields: object) -> Any:
         """Call a method with a request of these fields, nested ones as dicts; returns the response message.
 

@@ -1,12 +1,13 @@
 """A Kubernetes node without a kubelet: containerd set up as kubeadm's manual says and then by `hpmapper config`.
 
-Tests are the kubelet. What it would have from the network is here, too: a pause image in the registry on loopback, and
-a network plugin that brings up a loopback device and nothing else.
+Tests are the kubelet. The rest of a node is here: systemd's part, which is to keep our socket while the daemon is away,
+a pause image in the registry on loopback, and a network plugin that brings up a loopback device and nothing else.
 """
 
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any
 import tomlkit
 
 from tests.clients import registry
-from tests.clients.containerd import CONFIG, NAMESPACE, ROOT, SNAPSHOTTER_SOCKET, SOCKET, Containerd
+from tests.clients.containerd import CONFIG, NAMESPACE, ROOT, SNAPSHOTTER_SOCKET, SOCKET, Containerd, Setup
 from tests.clients.cri import Cri
+from tests.clients.machine import Daemon, Failed, Machine
 
 KUBERNETES = "k8s.io"
 """The namespace of all that CRI makes."""
@@ -44,13 +46,27 @@ ADD)
 esac
 """
 
+# As sd_listen_fds(3) has it: from descriptor 3 on, for the process of that number. The first word is the socket's here.
+_ADOPT = 'exec 3<&"$1" && shift && export LISTEN_FDS=1 LISTEN_PID=$$ && exec "$@"'
+
 Settings = Mapping[str, object]
 
 
 class Node(Containerd):
     """containerd with its CRI plugin, set up for hpmapper."""
 
+    in_use = KUBERNETES
     cri: Cri
+
+    def __init__(self, machine: Machine, setup: Setup) -> None:
+        super().__init__(machine, setup)
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(machine.path(SNAPSHOTTER_SOCKET)))
+        self._listening.listen()
+
+    def launch(self, words: list[str]) -> Daemon:
+        listening = self._listening.fileno()
+        return self.machine.start("server", "bash", "-c", _ADOPT, "bash", str(listening), *words, files=(listening,))
 
     def configure(self, *, discards: bool = False) -> None:
         """Write containerd's configuration; `discards`: it does not keep the layers that have been unpacked."""
@@ -73,6 +89,7 @@ class Node(Containerd):
     def start_daemon(self) -> None:
         super().start_daemon()
         self.cri = Cri(self.machine.path("/"), self.machine.path(SOCKET))
+        self.machine.wait(self.daemon, self.cri.answers)
 
     def restart_daemon(self) -> None:
         """Kill containerd and start it again."""
@@ -83,6 +100,7 @@ class Node(Containerd):
     def stop(self) -> None:
         self.cri.close()
         super().stop()
+        self._listening.close()
 
     # ------------------------------------------------------------------------------------------ as kubelet does
 
@@ -169,6 +187,13 @@ class PodContainer:
     def status(self) -> Any:
         return self.node.cri("ContainerStatus", container_id=self.id).status
 
+    def wait_written(self, least: int, most: int) -> None:
+        """Wait until kubelet would be told so many bytes."""
+        try:
+            self.node.machine.wait(self.node.daemon, lambda: least <= self.written()[0] <= most)
+        except Failed:
+            assert least <= self.written()[0] <= most
+
     def written(self) -> tuple[int, int]:
         """Bytes and inodes of the writable layer, as kubelet is told them; zeros when that is not known yet."""
         layer = self.node.cri("ContainerStats", container_id=self.id).stats.writable_layer
@@ -181,12 +206,14 @@ def _operators(default: str, discards: bool) -> str:
     content["root"] = "/data/containerd"
     plugins: Any = content["plugins"]
     if content["version"] == 2:
-        images = plugins["io.containerd.grpc.v1.cri"]
+        images = runtime = plugins["io.containerd.grpc.v1.cri"]
         images["sandbox_image"] = PAUSE
         images["containerd"]["discard_unpacked_layers"] = discards
     else:
         images = plugins["io.containerd.cri.v1.images"]
         images["discard_unpacked_layers"] = discards
         images["pinned_images"]["sandbox"] = PAUSE
+        runtime = plugins["io.containerd.cri.v1.runtime"]
     images["stats_collect_period"] = STATS_SECONDS
+    runtime["restrict_oom_score_adj"] = True  # hosts without CAP_SYS_RESOURCE, as those of CI, cannot protect pods
     return tomlkit.dumps(content)

@@ -114,7 +114,7 @@ def left(containerd: Containerd) -> set[str]:
     """
     top = containerd.machine.path(ROOT)
     mounts = set(containerd.machine.mounts(ROOT))
-    found = {f"mount {target}" for target in mounts} | _loops(top) | _rows(top / DATABASE)
+    found = {f"mount {target}" for target in mounts} | _loops(top) | _rows(containerd)
     for here, directories, files in os.walk(top):
         inside = ROOT + here.removeprefix(str(top))
         if OBJECTS.fullmatch(inside):
@@ -133,8 +133,12 @@ def _loops(top: Path) -> set[str]:
     return {f"loop device over inode {one.inode}" for one in statuses if one and one.device == device}
 
 
-def _rows(database: Path) -> set[str]:
-    """What a database of ours names, but for settings and what is known of blobs, which stay; nothing of a peer's."""
+def _rows(containerd: Containerd) -> set[str]:
+    """What a database of ours names, but for settings and what is known of blobs, which stay; nothing of a peer's.
+
+    The database by the host's path: SQLite would take /proc/PID/root for the symbolic link that it looks like.
+    """
+    database = containerd.machine.data / Path(ROOT).relative_to("/data") / DATABASE
     if not database.exists():
         return set()
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
