@@ -140,6 +140,18 @@ def test_growth_worse_than_linear_is_told() -> None:
     assert "1.40 **worse than linear**" in text
 
 
+def test_growth_that_begins_at_the_end_is_told_when_the_runs_leave_no_doubt() -> None:
+    def series(*last: float) -> list[Measurement]:
+        early = [measured([1.0], [1.1], at=at, case=GROWING) for at in (10, 100, 1000)]
+        return [*early, measured(*([value] for value in last), at=10_000, case=GROWING)]
+
+    (steep,) = growths(made(*series(0.01, 0.02)))  # a rate: less is dearer
+    assert steep.exponent < 1 < steep.end
+    assert steep.is_worse_than_linear
+    (unclear,) = growths(made(*series(0.01, 0.9)))
+    assert not unclear.is_worse_than_linear
+
+
 def test_a_cell_shows_median_spread_and_tail() -> None:
     assert shown.cell(measured([1.0], [3.0], [2.0])) == "2 (1–3)"
     assert shown.cell(measured([float(n) for n in range(1, 101)])) == "50.5 (1–100), p99 99"

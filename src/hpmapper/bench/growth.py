@@ -12,10 +12,20 @@ from hpmapper.bench.results import Measurement, Results
 LINEAR = 1.1
 """An exponent above this is worse than linear: what noise does to a straight line is below it."""
 
+RULE = (
+    "cost ~ place ^ exponent, by least squares on logarithms of medians; at the end: the least exponent that the runs "
+    f"at the last two places allow. Above {LINEAR}, either is worse than linear."
+)
+
 
 @dataclass(frozen=True)
 class Growth:
-    """How a quantity grows on a side: cost ~ place ** exponent. fit: share of the variance that this explains."""
+    """How a quantity grows on a side: cost ~ place ** exponent.
+
+    Attributes:
+        fit: share of the variance that this explains.
+        end: the exponent from the last but one place to the last, from that one's dearest run to this one's cheapest.
+    """
 
     suite: str
     case: str
@@ -24,13 +34,14 @@ class Growth:
     host: str
     exponent: float
     fit: float
+    end: float
     first: float
     last: float
     points: int
 
     @property
     def is_worse_than_linear(self) -> bool:
-        return self.exponent > LINEAR
+        return max(self.exponent, self.end) > LINEAR
 
 
 def growths(results: Results) -> list[Growth]:
@@ -38,7 +49,7 @@ def growths(results: Results) -> list[Growth]:
     series: defaultdict[tuple[str, ...], list[Measurement]] = defaultdict(list)
     for one in results.measurements:
         axis = results.case(one.suite, one.case).axis
-        if axis is not None and axis.growth and one.at and one.of_runs and one.median > 0:
+        if axis is not None and axis.growth and one.at and one.of_runs and min(one.of_runs) > 0:
             series[one.suite, one.case, one.quantity, one.side, one.host].append(one)
     found = []
     for (suite, case, quantity, side, host), members in series.items():
@@ -46,14 +57,17 @@ def growths(results: Results) -> list[Growth]:
             continue
         members.sort(key=lambda one: one.at or 0)
         better = next(q.better for q in results.case(suite, case).quantities if q.name == quantity)
-        costs = [one.median if better == "lower" else 1 / one.median for one in members]
-        exponent, fit = power_law([one.at or 1 for one in members], costs)
-        found.append(
-            Growth(
-                suite, case, quantity, side, host, exponent, fit, members[0].median, members[-1].median, len(members)
-            )
-        )
+        costs = [[_cost(value, better) for value in one.of_runs] for one in members]
+        places = [one.at or 1 for one in members]
+        exponent, fit = power_law(places, [statistics.median(runs) for runs in costs])
+        end = math.log(min(costs[-1]) / max(costs[-2])) / math.log(places[-1] / places[-2])
+        ends = (members[0].median, members[-1].median)
+        found.append(Growth(suite, case, quantity, side, host, exponent, fit, end, *ends, len(members)))
     return found
+
+
+def _cost(value: float, better: str) -> float:
+    return value if better == "lower" else 1 / value
 
 
 def power_law(places: list[float], costs: list[float]) -> tuple[float, float]:

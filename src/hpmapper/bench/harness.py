@@ -127,12 +127,13 @@ class Bench:
     Attributes:
         short: whether only the shape of the results matters: everything small.
         images: where images are built and kept. work: for scratch files of the case, not on the side's file system.
-        at: the place on the case's axis.
+        sides: how many take part. at: the place on the case's axis.
     """
 
     short: bool
     images: Path
     work: Path
+    sides: int = 1
     at: float | None = None
 
     def synthetic(self, name: str, layers: Sequence[synthetic.Files]) -> Path:
@@ -140,9 +141,11 @@ class Bench:
         return synthetic.layout(self.work / "images", name, layers)
 
     def require_free(self, size: int, what: str) -> None:
-        """Raise NotHere unless the disk below all sides has room for `size` bytes of `what`."""
-        if Space.of(self.work).free < size:
-            raise NotHere(f"{what} takes {format_size(size)}, which are not free here")
+        """Raise NotHere unless the disk below all sides has room for `size` bytes of `what` on each."""
+        if Space.of(self.work).free < size * self.sides:
+            raise NotHere(
+                f"{what} on {self.sides} sides takes {format_size(size * self.sides)}, which are not free here"
+            )
 
     @property
     def number(self) -> int:

@@ -119,7 +119,7 @@ class Runner:
         places = {name: place for place, name in enumerate(order)}
         self.found.cases = sorted([*others, case.info], key=lambda one: places.get(f"{one.suite}/{one.name}", -1))
         for at in self._points(case):
-            bench = Bench(self.short, self.images, self.work, at)
+            bench = Bench(self.short, self.images, self.work, len(sides), at)
             with ExitStack() as stack:
                 ready: dict[str, tuple[Side, Run]] = {}
                 for side in sides:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hpmapper.bench.growth import LINEAR, growths
+from hpmapper.bench.growth import RULE, growths
 from hpmapper.bench.report import goals, paper, shown
 from hpmapper.bench.report.shown import Grid
 from hpmapper.bench.results import CaseInfo, Results
@@ -72,18 +72,19 @@ def _growth(results: Results) -> Iterator[str]:
     if not found:
         return
     yield "\n## How cost grows\n"
-    yield f"cost ~ place ^ exponent, by least squares on logarithms; above {LINEAR} it is worse than linear.\n"
+    yield f"{RULE}\n"
     rows = [
         (
             f"{one.suite}/{one.case}: {one.quantity}",
             one.side,
             f"{one.exponent:.2f}" + (" **worse than linear**" if one.is_worse_than_linear else ""),
             f"{one.fit:.2f}",
+            f"{one.end:.2f}",
             f"{shown.number(one.first)} → {shown.number(one.last)}",
         )
         for one in found
     ]
-    yield table(Grid("", ("quantity", "side", "exponent", "R²", "first → last"), rows))
+    yield table(Grid("", ("quantity", "side", "exponent", "R²", "at the end", "first → last"), rows))
 
 
 def _skipped(results: Results) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from hpmapper.bench.growth import LINEAR, growths
+from hpmapper.bench.growth import RULE, growths
 from hpmapper.bench.harness import SUITES
 from hpmapper.bench.report import goals, paper, plots, shown
 from hpmapper.bench.report.markdown import HOW_TO_READ
@@ -86,7 +86,7 @@ def _case(results: Results, case: CaseInfo) -> Iterator[str]:
 
 
 def _growth(results: Results) -> Iterator[str]:
-    yield f'<h2 id="growth">How cost grows</h2><p>cost ~ place ^ exponent; above {LINEAR} it is worse than linear.</p>'
+    yield f'<h2 id="growth">How cost grows</h2><p>{escape(RULE)}</p>'
     rows = []
     for one in growths(results):
         name = f"{one.suite}/{one.case}: {one.quantity} ({one.host})"
@@ -97,11 +97,12 @@ def _growth(results: Results) -> Iterator[str]:
                 one.side,
                 f"{one.exponent:.2f}{verdict}",
                 f"{one.fit:.2f}",
+                f"{one.end:.2f}",
                 f"{shown.number(one.first)} → {shown.number(one.last)}",
             )
         )
     yield (
-        _table(Grid("", ("quantity", "side", "exponent", "R²", "first → last"), rows))
+        _table(Grid("", ("quantity", "side", "exponent", "R²", "at the end", "first → last"), rows))
         if rows
         else "<p>Not measured.</p>"
     )

@@ -74,8 +74,8 @@ def _cache(results: Results, side: str, host: str) -> str:
 
 
 def _throughput(results: Results, side: str, host: str) -> str:
-    """The largest gain, and the smallest, of applications; of fio where there are none."""
-    for suite in ("apps", "io"):
+    """The largest gain, and the smallest, of applications; where there are none of fio, or else of overwriting."""
+    for suite in ("apps", "io", "cow"):
         pairs = [pair for pair in _pairs(results, side, host, [suite]) if _is_rate(results, pair.ours)]
         gains = sorted((pair.ours.median / pair.theirs.median - 1, _what(pair)) for pair in pairs if pair.theirs.median)
         if gains:
@@ -96,5 +96,5 @@ def _is_rate(results: Results, one: Measurement) -> bool:
 
 def _what(pair: _Pair) -> str:
     one = pair.ours
-    text = f"{one.suite}/{one.case}" + (f": {one.quantity}" if one.suite in ("apps", "io") else "")
+    text = f"{one.suite}/{one.case}" + (f": {one.quantity}" if one.suite in ("apps", "io", "cow") else "")
     return text if one.at is None else f"{text}, {one.at:g}"

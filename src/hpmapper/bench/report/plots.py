@@ -104,14 +104,23 @@ def _lines(
         axes.set_xscale("log")
     axes.set_xticks(places, [shown.place(case.axis, at) for at in places], rotation=30, ha="right")
     axes.minorticks_off()
-    values = [one.median for one in found]
-    if values and min(values) > 0 and max(values) / min(values) >= 20:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: shown.number(value))
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
-    else:
-        axes.set_ylim(bottom=min(0, *values) if values else 0)
+    _scale(axes, [one.median for one in found])
     axes.set_xlabel(case.axis.name, fontsize=8)
+
+
+def _scale(axes: Axes, values: list[float]) -> None:
+    """A logarithmic scale where values lie far apart, with room for zeros if there are any."""
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) / min(positive) >= 20:
+        if min(values) < min(positive):
+            axes.set_yscale("symlog", linthresh=min(positive))
+            axes.set_ylim(min(-min(positive) / 3, *values), 3 * max(positive))
+        else:
+            axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+    elif values:
+        axes.set_ylim(bottom=min(0, *values))
+    axes.yaxis.set_major_formatter(lambda value, _: shown.number(value))
 
 
 def _bars(axes: Axes, results: Results, quantity: Quantity, found: list[Measurement], sides: list[str]) -> None:

@@ -45,7 +45,7 @@ def first_write(side: Side, bench: Bench) -> Iterator[Run]:
     """A file of the image is opened for writing (where overlays copy it up), 4 KiB are written into its middle, and
     that is fsynced. New space: what the file system has less afterwards. Files are in no cache but what the last run
     left; the bare file system's file is overwritten in place, and vfs has copied it when the container was made."""
-    bench.require_free(20 * bench.number, f"a file of {bench.number >> 20} MiB on all sides")
+    bench.require_free(2 * max(bench.number, _BYTES), f"a file of {bench.number >> 20} MiB")
     count = max(1, min(_FILES, _BYTES // bench.number)) if not bench.short else 2
     name = f"file-{bench.number >> 20}m"
     layout = bench.synthetic(name, [dict.fromkeys(map(str, range(count)), bench.number)])

@@ -28,7 +28,7 @@ _CHANGED = 10
 @contextmanager
 def few_changes(side: Side, bench: Bench) -> Iterator[Run]:
     """Ten files of so many are written anew, and one is added: telling what changed, and committing it."""
-    bench.require_free(50_000 * bench.number, "as many files on all sides")
+    bench.require_free(6_000 * bench.number, f"{bench.number} files")
     tree = f"tree-{bench.number}"
     files = small_files(bench.number)
     names = list(files)[:: len(files) // _CHANGED][:_CHANGED]

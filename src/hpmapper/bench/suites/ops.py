@@ -147,7 +147,7 @@ def by_layers(side: Side, bench: Bench) -> Iterator[Run]:
 @contextmanager
 def by_files(side: Side, bench: Bench) -> Iterator[Run]:
     """An image of so many files of 200 bytes is taken in, and one container of it made, mounted and removed."""
-    bench.require_free(50_000 * bench.number, "as many files on all sides")
+    bench.require_free(6_000 * bench.number, f"{bench.number} files")
     name = f"files-{bench.number}"
     layout = bench.synthetic(name, [small_files(bench.number)])
 
