@@ -63,6 +63,12 @@ def test_a_root_on_a_thin_pool(run: Run, tmp_path: Path) -> None:
     os.sync()
     assert run("container", "diff", "one").splitlines() == ["D /big", "A /big2"]
 
+    cached = _json(run, "cache", "stat")
+    assert cached["containers_own"]["cached"] >= 3 << 20  # all of a container's device is its own
+    assert cached["devices"]
+    assert _json(run, "cache", "duplicates") == []
+    assert _json(run, "top")["containers"][0]["name"] == "one"
+
     info = _json(run, "info")
     assert info["driver"] == "devicemapper"
     assert info["status"]["Base Device Size"] == "536.9MB"

@@ -51,13 +51,13 @@ def places(driver: Driver) -> Places:
     """The driver as one that tells its places.
 
     Raises:
-        Unsupported: it does not: its data lies in no files that could be asked.
+        Unsupported: it does not (ZFS): the page cache has next to nothing of its data.
     """
     if isinstance(driver, Places):
         return driver
     raise Unsupported(
         f"the {driver.name} driver's page cache cannot be looked into",
-        hint="its containers are block devices, or file systems of their own",
+        hint="its file system has a cache of its own, which the kernel knows nothing of",
     )
 
 
