@@ -346,7 +346,7 @@ def _try_out(directory: Path, pool: str) -> None:
 def _verdict(root: Path, **options: str) -> str:
     root.mkdir(exist_ok=True)
     verdict = probe(by_name("zfs"), root, PoolConfig(PoolKind.LOOP), options)
-    return "works" if verdict.works else verdict.why
+    return "works" if verdict.works else verdict.reason
 
 
 @short
@@ -356,7 +356,7 @@ def test_what_is_missing_is_said(tmp_path: Path, fsname: str) -> None:
     root = tmp_path / "root"
     assert _verdict(root, **{FSNAME: fsname}) == "works"
     assert "no dataset is named, and" in _verdict(root)
-    assert "there is no ZFS pool nothing; zpool import nothing" in _verdict(root, **{FSNAME: "nothing/here"})
+    assert "there is no ZFS pool nothing; to get it: zpool import nothing" in _verdict(root, **{FSNAME: "nothing/here"})
     assert f"zfs create -o mountpoint=none {pool}/absent" in _verdict(root, **{FSNAME: f"{pool}/absent"})
     assert "is a volume" in _verdict(root, **{FSNAME: f"{pool}/volume"})
 

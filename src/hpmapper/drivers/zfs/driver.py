@@ -1,6 +1,7 @@
 """The zfs driver: each layer and each container is a dataset, a clone of the one below.
 
     <home>/dataset     the dataset that all the others lie in, and this root's id
+    <home>/l/ID        empty: a sign to whoever looks for layers here
     <home>/a/ID/fs     a container's dataset, mounted as a whole: beside its root, ZFS's .zfs is in it
     <home>/a/ID/m      its root: a bind of fs/layer/diff
     <home>/a/ID/size   how much a limited one may keep                 (hpmapper.drivers.limits)
@@ -208,6 +209,7 @@ class ZfsDriver(directory.DirectoryLayers):
                 view = _below(top / CONTENTS if chain else None)
                 ingested = directory.fill(blob, view, top, layer, directory.Dialect.APPLIED, expect, progress)
             self._datasets.finish(Role.LAYER, layer)
+            self._layer(layer).mkdir(mode=0o700, exist_ok=True)
         except BaseException:
             self._datasets.remove(Role.LAYER, layer)
             raise
@@ -238,6 +240,8 @@ class ZfsDriver(directory.DirectoryLayers):
     def remove_layer(self, layer: SnapshotId) -> None:
         self._datasets.remove(Role.LAYER, layer)
         faults.point("zfs.layer-destroyed")
+        with suppress(FileNotFoundError):
+            self._layer(layer).rmdir()
         if self._snapshot(layer).exists():  # a sealed one
             self.remove(layer)
 
