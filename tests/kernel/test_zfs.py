@@ -47,7 +47,7 @@ def used(tmp_path_factory: pytest.TempPathFactory, private_mounts: None) -> Iter
         made.detach()
 
 
-@pytest.mark.parametrize("case", contract.CASES, ids=contract.name_of)
+@pytest.mark.parametrize("case", [*contract.CASES, *contract.LIMITS], ids=contract.name_of)
 def test_contract(used: ZfsDriver, case: contract.Case, tmp_path: Path) -> None:
     with contract.subject(used, tmp_path) as subject:
         case(subject)
