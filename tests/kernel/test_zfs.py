@@ -40,23 +40,6 @@ CASES = sorted([*contract.CASES, *contract.LIMITS], key=lambda case: contract.na
 BASE, TOP, ONE, TWO = map(SnapshotId, range(1, 5))
 
 
-@pytest.fixture(scope="module")
-def used(tmp_path_factory: pytest.TempPathFactory, private_mounts: None) -> Iterator[ZfsDriver]:
-    """A driver with nothing in it, used by all cases in turn."""
-    directory = tmp_path_factory.mktemp("zfs")
-    with zpools.dataset(directory) as fsname:
-        made = ZfsDriver(directory / "data", fsname)
-        made.attach()
-        yield made
-        made.detach()
-
-
-@pytest.mark.parametrize("case", CASES, ids=contract.name_of)
-def test_contract(used: ZfsDriver, case: contract.Case, tmp_path: Path) -> None:
-    with contract.subject(used, tmp_path) as subject:
-        case(subject)
-
-
 @pytest.fixture
 def fsname(tmp_path: Path) -> Iterator[str]:
     with zpools.dataset(tmp_path) as name:
@@ -395,3 +378,23 @@ def test_a_root_on_zfs_needs_no_name(tmp_path: Path, fsname: str) -> None:
         assert _names(fsname) == set()
     finally:
         mount.umount(tmp_path / "root")
+
+
+# The contract, which takes longest.
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory, private_mounts: None) -> Iterator[ZfsDriver]:
+    """A driver with nothing in it, used by all cases in turn."""
+    directory = tmp_path_factory.mktemp("zfs")
+    with zpools.dataset(directory) as fsname:
+        made = ZfsDriver(directory / "data", fsname)
+        made.attach()
+        yield made
+        made.detach()
+
+
+@pytest.mark.parametrize("case", CASES, ids=contract.name_of)
+def test_contract(used: ZfsDriver, case: contract.Case, tmp_path: Path) -> None:
+    with contract.subject(used, tmp_path) as subject:
+        case(subject)
