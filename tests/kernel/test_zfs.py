@@ -356,6 +356,7 @@ def test_a_root_from_first_use_to_removal(tmp_path: Path, fsname: str) -> None:
         layer = opened.engine.ingest(None, io.BytesIO(tar(member(b"file"))), Expected()).snapshot
         root = opened.engine.mount(opened.engine.prepare("container", layer))
         (root / "new").touch()
+    assert _verdict(tmp_path / "root") == "works", "the dataset is known"
     with open_root(Config(root=tmp_path / "root")) as opened:
         assert opened.engine.driver.name == "zfs"
         opened.engine.detach()

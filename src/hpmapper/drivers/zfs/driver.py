@@ -101,15 +101,25 @@ class ZfsDriver(directory.DirectoryLayers):
 
     # The dataset.
 
-    def attach(self) -> None:
+    def dataset(self) -> str:
+        """The name of the dataset that all others lie in.
+
+        Raises:
+            FailedPrecondition: another was used before. Unsupported: none is named, and `home` does not lie on ZFS.
+        """
         known = self._known()
-        if known is not None and self._fsname not in (None, known[0]):
+        if known is None:
+            return self._fsname or dataset_of(self.home)
+        if self._fsname not in (None, known[0]):
             raise FailedPrecondition(
                 f"the data of this root is in the dataset {known[0]}, not {self._fsname}",
                 hint=f"leave out {FSNAME}, or name another --root",
             )
-        self._datasets = Datasets(known[0] if known else self._fsname or dataset_of(self.home))
-        owner = self._owner()
+        return known[0]
+
+    def attach(self) -> None:
+        self._datasets = Datasets(self.dataset())
+        known, owner = self._known(), self._owner()
         if owner is not None and (known is None or owner != known[1]):
             raise FailedPrecondition(
                 f"the dataset {self._datasets.fsname} belongs to another root",
@@ -389,10 +399,10 @@ def require(root: Path, options: Mapping[str, str]) -> None:
     """Refuse a root for which there is no dataset; says what is missing.
 
     Raises:
-        Unsupported: programs, pool or dataset. InvalidArgument: the option is no name of one.
+        Unsupported: programs, pool or dataset. InvalidArgument: the option is no name of one. FailedPrecondition: it is
+        not the one that was used before.
     """
-    named = options.get(FSNAME)
-    datasets.require(datasets.check_name(named) if named is not None else dataset_of(root))
+    datasets.require(ZfsDriver(root / ZfsDriver.name, options.get(FSNAME)).dataset())
 
 
 def _make_root(whole: Path) -> None:
