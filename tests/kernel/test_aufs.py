@@ -207,7 +207,7 @@ def test_where_the_kernel_has_no_aufs_it_is_said_so(tmp_path: Path) -> None:
     verdict = probe(by_name("aufs"), tmp_path, PoolConfig(PoolKind.LOOP), {})
     assert not verdict.works
     assert "/proc/filesystems" in verdict.why
-    assert "no mainline kernel" in verdict.why
+    assert "no mainline kernel" in verdict.reason
     with pytest.raises(FailedPrecondition, match="no AUFS") as caught:
         AufsDriver(tmp_path / "data").attach()
     assert caught.value.hint

@@ -40,6 +40,7 @@ PACKAGES = (
     "python3", "udev", "kmod", "busybox-static", "mount", "procps",
     "dmsetup", "lvm2", "thin-provisioning-tools", "xfsprogs", "e2fsprogs", "btrfs-progs", "erofs-utils",
     "stress-ng", "fio", "quota", "acl", "attr", "libcap2-bin", "tar", "zstd", "crun", "runc",
+    "zfsutils-linux",
 )  # fmt: skip
 
 _NOT_IN_GUEST = ("ruff", "mypy", "import-linter", "grimp", "librt", "ast-serialize")

@@ -1,6 +1,7 @@
 """The zfs driver: each layer and each container is a dataset, a clone of the one below.
 
     <home>/dataset     the dataset that all the others lie in, and this root's id
+    <home>/l/ID        empty: a sign to whoever looks for layers here
     <home>/a/ID/fs     a container's dataset, mounted as a whole: beside its root, ZFS's .zfs is in it
     <home>/a/ID/m      its root: a bind of fs/layer/diff
     <home>/a/ID/size   how much a limited one may keep                 (hpmapper.drivers.limits)
@@ -100,15 +101,25 @@ class ZfsDriver(directory.DirectoryLayers):
 
     # The dataset.
 
-    def attach(self) -> None:
+    def dataset(self) -> str:
+        """The name of the dataset that all others lie in.
+
+        Raises:
+            FailedPrecondition: another was used before. Unsupported: none is named, and `home` does not lie on ZFS.
+        """
         known = self._known()
-        if known is not None and self._fsname not in (None, known[0]):
+        if known is None:
+            return self._fsname or dataset_of(self.home)
+        if self._fsname not in (None, known[0]):
             raise FailedPrecondition(
                 f"the data of this root is in the dataset {known[0]}, not {self._fsname}",
                 hint=f"leave out {FSNAME}, or name another --root",
             )
-        self._datasets = Datasets(known[0] if known else self._fsname or dataset_of(self.home))
-        owner = self._owner()
+        return known[0]
+
+    def attach(self) -> None:
+        self._datasets = Datasets(self.dataset())
+        known, owner = self._known(), self._owner()
         if owner is not None and (known is None or owner != known[1]):
             raise FailedPrecondition(
                 f"the dataset {self._datasets.fsname} belongs to another root",
@@ -208,6 +219,7 @@ class ZfsDriver(directory.DirectoryLayers):
                 view = _below(top / CONTENTS if chain else None)
                 ingested = directory.fill(blob, view, top, layer, directory.Dialect.APPLIED, expect, progress)
             self._datasets.finish(Role.LAYER, layer)
+            self._layer(layer).mkdir(mode=0o700, exist_ok=True)
         except BaseException:
             self._datasets.remove(Role.LAYER, layer)
             raise
@@ -238,6 +250,8 @@ class ZfsDriver(directory.DirectoryLayers):
     def remove_layer(self, layer: SnapshotId) -> None:
         self._datasets.remove(Role.LAYER, layer)
         faults.point("zfs.layer-destroyed")
+        with suppress(FileNotFoundError):
+            self._layer(layer).rmdir()
         if self._snapshot(layer).exists():  # a sealed one
             self.remove(layer)
 
@@ -385,10 +399,10 @@ def require(root: Path, options: Mapping[str, str]) -> None:
     """Refuse a root for which there is no dataset; says what is missing.
 
     Raises:
-        Unsupported: programs, pool or dataset. InvalidArgument: the option is no name of one.
+        Unsupported: programs, pool or dataset. InvalidArgument: the option is no name of one. FailedPrecondition: it is
+        not the one that was used before.
     """
-    named = options.get(FSNAME)
-    datasets.require(datasets.check_name(named) if named is not None else dataset_of(root))
+    datasets.require(ZfsDriver(root / ZfsDriver.name, options.get(FSNAME)).dataset())
 
 
 def _make_root(whole: Path) -> None:
