@@ -37,3 +37,19 @@ def test_a_map_is_read_ahead_when_it_is_mounted(tmp_path: Path) -> None:
         one.engine.unmount(active)
         one.engine.detach()
     assert (before, after) == (0, -(-size // os.sysconf("SC_PAGESIZE")))
+
+
+def test_an_image_whose_chain_is_gone_does_not_keep_layers_from_being_removed(tmp_path: Path) -> None:
+    config = Config(root=tmp_path / "root", driver="hpmapper").with_options(["pool.size=400M", "min_free_space=0"])
+    with open_root(config) as one:
+        lower = one.engine.ingest(None, io.BytesIO(tar(member(b"lower", b"l"))), Expected()).snapshot
+        upper = one.engine.ingest(lower, io.BytesIO(tar(member(b"upper", b"u"))), Expected()).snapshot
+        one.engine.finish(upper)
+        assert isinstance(one.engine.driver, HpmapperDriver)
+        (image,) = (one.engine.driver.home / "i").iterdir()
+        (image / "chain").unlink()
+        one.engine.remove(upper)
+        one.engine.remove(lower)
+        assert one.engine.collect().layers == 2
+        assert list((one.engine.driver.home / "i").iterdir()) == []
+        one.engine.detach()
