@@ -69,11 +69,12 @@ class Operation(NamedTuple):
     puts: tuple[bytes, ...] = ()
 
     def outcome(self, root: Path) -> int:
-        """Do it in a tree; 0, or the errno."""
+        """Do it in a tree; 0, or the errno, of which a file system may choose between two (rename(2), rmdir(2))."""
         try:
             self.act(os.fsencode(root))
         except OSError as error:
-            return error.errno or errno.EIO
+            number = error.errno or errno.EIO
+            return errno.EEXIST if number == errno.ENOTEMPTY else number
         return 0
 
 
