@@ -336,8 +336,9 @@ def _chmod(pick: _Picker) -> Operation:
 
     def act(top: bytes) -> None:
         place = os.path.join(top, path)
-        if not stat.S_ISLNK(os.lstat(place).st_mode):  # which have none
-            os.chmod(place, mode)
+        if stat.S_ISLNK(os.lstat(place).st_mode):
+            raise OSError(errno.EOPNOTSUPP, "symlinks have no permissions")
+        os.chmod(place, mode)
 
     return Operation(f"chmod {path!r} {mode:o}", act, (path,))
 
