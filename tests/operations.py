@@ -69,11 +69,12 @@ class Operation(NamedTuple):
     puts: tuple[bytes, ...] = ()
 
     def outcome(self, root: Path) -> int:
-        """Do it in a tree; 0, or the errno."""
+        """Do it in a tree; 0, or the errno, of which a file system may choose between two (rename(2), rmdir(2))."""
         try:
             self.act(os.fsencode(root))
         except OSError as error:
-            return error.errno or errno.EIO
+            number = error.errno or errno.EIO
+            return errno.EEXIST if number == errno.ENOTEMPTY else number
         return 0
 
 
@@ -335,8 +336,9 @@ def _chmod(pick: _Picker) -> Operation:
 
     def act(top: bytes) -> None:
         place = os.path.join(top, path)
-        if not stat.S_ISLNK(os.lstat(place).st_mode):  # which have none
-            os.chmod(place, mode)
+        if stat.S_ISLNK(os.lstat(place).st_mode):
+            raise OSError(errno.EOPNOTSUPP, "symlinks have no permissions")
+        os.chmod(place, mode)
 
     return Operation(f"chmod {path!r} {mode:o}", act, (path,))
 
