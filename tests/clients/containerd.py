@@ -143,12 +143,9 @@ class Containerd:
         if not self.setup.command:
             return
         self.machine.path(ROOT).mkdir(mode=0o700, exist_ok=True)
-        self.server = self.launch(self.setup.command.format(root=ROOT, socket=SNAPSHOTTER_SOCKET).split())
+        words = self.setup.command.format(root=ROOT, socket=SNAPSHOTTER_SOCKET).split()
+        self.server = self.machine.start("server", *words)
         self.machine.wait(self.server, lambda: self.machine.answers(SNAPSHOTTER_SOCKET))
-
-    def launch(self, words: list[str]) -> Daemon:
-        """Start the program that is the server."""
-        return self.machine.start("server", *words)
 
     def restart_server(self) -> None:
         """Start the server again, and wait until containerd, which tries less and less often, has found it."""

@@ -54,7 +54,7 @@ class Cri:
         try:
             self("Version")
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN):  # 2.1, and 1.7
                 return False
             raise
         return True

@@ -1,13 +1,12 @@
 """A Kubernetes node without a kubelet: containerd set up as kubeadm's manual says and then by `hpmapper config`.
 
-Tests are the kubelet. The rest of a node is here: systemd's part, which is to keep our socket while the daemon is away,
-a pause image in the registry on loopback, and a network plugin that brings up a loopback device and nothing else.
+Tests are the kubelet. The rest of a node is here: images in the registry on loopback, the pause image among them, and a
+network plugin that brings up a loopback device and nothing else.
 """
 
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from typing import Any
 import tomlkit
 
 from tests.clients import registry
-from tests.clients.containerd import CONFIG, NAMESPACE, ROOT, SNAPSHOTTER_SOCKET, SOCKET, Containerd, Setup
+from tests.clients.containerd import CONFIG, NAMESPACE, ROOT, SNAPSHOTTER_SOCKET, SOCKET, Containerd
 from tests.clients.cri import Cri
-from tests.clients.machine import Daemon, Failed, Machine
+from tests.clients.machine import Failed
 
 KUBERNETES = "k8s.io"
 """The namespace of all that CRI makes."""
 
+DEMO = f"{registry.ADDRESS}/demo:latest"
 PAUSE = f"{registry.ADDRESS}/pause:latest"
 
 STATS_SECONDS = 1
@@ -46,9 +46,6 @@ ADD)
 esac
 """
 
-# As sd_listen_fds(3) has it: from descriptor 3 on, for the process of that number. The first word is the socket's here.
-_ADOPT = 'exec 3<&"$1" && shift && export LISTEN_FDS=1 LISTEN_PID=$$ && exec "$@"'
-
 Settings = Mapping[str, object]
 
 
@@ -57,16 +54,6 @@ class Node(Containerd):
 
     in_use = KUBERNETES
     cri: Cri
-
-    def __init__(self, machine: Machine, setup: Setup) -> None:
-        super().__init__(machine, setup)
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(str(machine.path(SNAPSHOTTER_SOCKET)))
-        self._listening.listen()
-
-    def launch(self, words: list[str]) -> Daemon:
-        listening = self._listening.fileno()
-        return self.machine.start("server", "bash", "-c", _ADOPT, "bash", str(listening), *words, files=(listening,))
 
     def configure(self, *, discards: bool = False) -> None:
         """Write containerd's configuration; `discards`: it does not keep the layers that have been unpacked."""
@@ -100,7 +87,6 @@ class Node(Containerd):
     def stop(self) -> None:
         self.cri.close()
         super().stop()
-        self._listening.close()
 
     # ------------------------------------------------------------------------------------------ as kubelet does
 

@@ -151,18 +151,12 @@ class Machine:
             raise Failed(f"{' '.join(words)}: status {done.returncode}\n{said}")
         return done.stdout
 
-    def start(
-        self, name: str, *words: str, environment: Mapping[str, str] | None = None, files: tuple[int, ...] = ()
-    ) -> Daemon:
-        """Start a program that goes on; its output goes to `name`.log in the data directory.
-
-        Args:
-            files: descriptors that the program has, too, under the same numbers.
-        """
+    def start(self, name: str, *words: str, environment: Mapping[str, str] | None = None) -> Daemon:
+        """Start a program that goes on; its output goes to `name`.log in the data directory."""
         log = self.data / f"{name}.log"
         with log.open("ab") as out:
             command = self._inside(words, environment or {})
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=files)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         daemon = Daemon(process, log)
         self._daemons.append(daemon)
         return daemon
