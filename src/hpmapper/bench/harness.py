@@ -4,12 +4,12 @@
     @contextmanager
     def first_write(side: Side, bench: Bench) -> Iterator[Run]:
         \"\"\"What it measures: this text is in the report.\"\"\"
-        … prepare the side …
         def run(turn: Turn) -> None:
-            with turn.timed("latency"):
+            with container(side, f"c{turn.number}", "data") as root, turn.timed("latency"):
                 …
-        yield run
-        … undo …
+
+        with image(side, bench.synthetic("data", [{"file": bench.number}]), "data"):
+            yield run
 
 The runner opens a case on all sides, and then lets them run in turns: A B C A B C. A side that cannot do a case raises
 `NotHere`.

@@ -16,11 +16,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hpmapper.bench import gobuild
 from hpmapper.bench.ground import Ground
@@ -382,7 +382,7 @@ class Peer:
 
     name: str
     why_not: Callable[[], str]
-    open: Callable[[Ground], Any]
+    open: Callable[[Ground], AbstractContextManager[Side]]
 
 
 def _needs(*programs: str, remark: str = "") -> Callable[[], str]:
@@ -403,7 +403,7 @@ def _nothing(why: str) -> Callable[[], str]:
     return lambda: why
 
 
-def _never(ground: Ground) -> Any:
+def _never(ground: Ground) -> NoReturn:
     raise NotHere("it is installed, but this benchmark does not know its client")
 
 

@@ -79,7 +79,7 @@ def _drawn(results: Results, case: CaseInfo, host: str) -> Figure:
         else:
             _bars(axes, results, quantity, of_quantity, sides)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{quantity.name}, {quantity.unit} ({quantity.better} is better)", fontsize=9, loc="left")
+        axes.set_title(f"{shown.label(quantity)} ({quantity.better} is better)", fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
     if case.axis:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)

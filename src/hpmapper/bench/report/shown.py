@@ -74,7 +74,7 @@ def grids(results: Results, case: CaseInfo, host: str) -> list[Grid]:
     by_key = {(one.quantity, one.side, one.at): one for one in found}
     quantities = [q for q in case.quantities if any(one.quantity == q.name for one in found)]
     if case.axis is None:
-        headers = ["side", *map(_header, quantities)]
+        headers = ["side", *map(label, quantities)]
         rows = [[side, *(cell(by_key.get((q.name, side, None))) for q in quantities)] for side in sides]
         return [Grid("", headers, rows)]
     made = []
@@ -82,12 +82,13 @@ def grids(results: Results, case: CaseInfo, host: str) -> list[Grid]:
         places = sorted({one.at for one in found if one.quantity == quantity.name and one.at is not None})
         headers = [f"by {case.axis.name}", *(place(case.axis, at) for at in places)]
         rows = [[side, *(cell(by_key.get((quantity.name, side, at))) for at in places)] for side in sides]
-        made.append(Grid(_header(quantity), headers, [row for row in rows if set(row[1:]) != {"–"}]))
+        made.append(Grid(label(quantity), headers, [row for row in rows if set(row[1:]) != {"–"}]))
     return made
 
 
-def _header(quantity: Quantity) -> str:
-    return f"{quantity.name}, {quantity.unit}"
+def label(quantity: Quantity) -> str:
+    """A quantity with its unit."""
+    return f"{quantity.name}, {quantity.unit}" if quantity.unit else quantity.name
 
 
 def left_out(results: Results) -> Grid:
