@@ -21,18 +21,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from hpmapper.bench.gobuild import cache
 from tests.cacheroot import MIB, cache_root
-from tests.serving import Client, eventually
+from tests.serving import Client, code, eventually
 
 pytestmark = [pytest.mark.kernel, pytest.mark.clients]
 
 DASHBOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "hpmapper.json"
 
-EMPTY_HERE = {"Thin pool in use", "Other than OK"}
-"""Panels without an answer on a root whose driver is hpmapper, and as long as nothing fails."""
+EMPTY_HERE = {"Thin pool in use"}
+"""Panels without an answer on a root whose driver is hpmapper."""
 
 _CONFIG = """\
 scrape_configs:
@@ -160,6 +161,7 @@ def test_every_panel_is_answered(private_mounts: None, tmp_path: Path, prometheu
 
             def is_scraped() -> None:
                 client.list()  # calls to be counted
+                assert code(lambda: client.stat("none")) is grpc.StatusCode.NOT_FOUND
                 try:
                     assert server.scrapes() >= 8
                 except OSError as error:

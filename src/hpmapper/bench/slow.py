@@ -43,7 +43,7 @@ def _served(program: Path, fuse: int, file: Path, seconds: float, rate: float) -
     line = [str(program), f"{seconds * 1e6:g}", f"{rate:.0f}", str(fuse), str(backing)]
     try:
         # In a session of its own: a terminal's signal goes to all, and whoever mounted must end first.
-        server = subprocess.Popen(line, pass_fds=(fuse, backing), start_new_session=True)
+        server = subprocess.Popen(line, stdout=subprocess.DEVNULL, pass_fds=(fuse, backing), start_new_session=True)
     finally:
         os.close(fuse)
         os.close(backing)

@@ -25,10 +25,10 @@ from hpmapper.model import ObjectDigest
 _THREADS = 16
 """Files opened at a time: opening a cold one waits for its inode, and the others need not wait with it."""
 
-_PIECE = 128 << 10
-_UNDER_WAY = 8
-"""Bytes asked for at a time, and how many times that at once. What a disk of 200 MB/s and 1 ms has under way when it is
-busy is 200 KB; what is more is time that the container waits behind it."""
+_PIECE = 512 << 10
+_UNDER_WAY = 4
+"""Bytes asked for at a time, and how many times that at once. More is time that the container waits behind it; smaller
+pieces are more requests, which some disks count (docs/measurements.md)."""
 
 _FREE_SHARE = 0.5
 """Of the memory that is available; what would push other things out of the cache is left to the start itself."""

@@ -127,8 +127,10 @@ class Starts:
 
     def _look(self, parent: SnapshotId, mounted: bool) -> None:
         """Read ahead what is known of the image below, or record its start."""
-        files = ImageFiles(self._db, self._driver, parent)
         profile = load(self._db, parent)
+        if profile is None and not (mounted and self._settings.record):
+            return  # looking up the image's objects takes milliseconds
+        files = ImageFiles(self._db, self._driver, parent)
         if files.chain_id is None or not files.objects:
             self._count(skipped=1)
         elif profile is not None and (profile.cold or not self._is_cold(files)):

@@ -39,6 +39,8 @@ type server struct {
 }
 
 func main() {
+	// With whoever started it: the loop device on top would keep the mount, and so the server, for ever.
+	syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_PDEATHSIG, uintptr(syscall.SIGKILL), 0)
 	s := &server{
 		latency: time.Duration(number(1) * 1000),
 		rate:    number(2),
