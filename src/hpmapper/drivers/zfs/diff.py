@@ -57,11 +57,12 @@ def _ask(origin: str, dataset: str, whole: Path, place: Path) -> str:
     """Run `zfs diff` in a mount namespace of its own.
 
     It wants a clone's origin mounted as well (libzfs_diff.c, get_mountpoints), and takes the first mount of a dataset
-    that it finds, where one of a part would not do.
+    that it finds, where one of a part would not do. All others are let go, too: nobody could destroy these meanwhile.
     """
     mount.private_namespace()
+    ours = dataset.rpartition("/")[0] + "/"
     for one in reversed(mount.mounts()):
-        if one.source == dataset and one.target != os.fspath(whole):
+        if one.fstype == "zfs" and one.source.startswith(ours) and one.target != os.fspath(whole):
             mount.umount(one.target, lazy=True)
     mount.filesystem("zfs", origin.partition("@")[0], place, attributes=MOUNT_ATTR_RDONLY)
     return run_tool(["zfs", "diff", "-H", origin, dataset]).stdout

@@ -54,6 +54,7 @@ from hpmapper.layer.scan import DirectoryView, scan, scan_pair
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.base import format_size
+from hpmapper.pool.tools import none_starts
 from hpmapper.store.objects import IsObject
 from hpmapper.store.workspace import discard
 from hpmapper.tree import Inode
@@ -326,8 +327,9 @@ class ZfsDriver(directory.DirectoryLayers):
         return False
 
     def unmount(self, snapshot: SnapshotId) -> None:
-        for name in ("m", "fs"):
-            unmount_path(self._snapshot(snapshot) / name)
+        with none_starts():
+            for name in ("m", "fs"):
+                unmount_path(self._snapshot(snapshot) / name)
 
     def remove(self, snapshot: SnapshotId) -> None:
         self.unmount(snapshot)
@@ -382,7 +384,8 @@ class ZfsDriver(directory.DirectoryLayers):
         finally:
             with lock.exclusive(top), suppress(FailedPrecondition):  # another such reader is left
                 if not mount.is_mountpoint(self.root(snapshot)):
-                    unmount_path(whole)
+                    with none_starts():
+                        unmount_path(whole)
 
 
 def dataset_of(path: Path) -> str:
