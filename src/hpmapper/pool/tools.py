@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from hpmapper.errors import HpmapperError, Unsupported
@@ -23,6 +25,17 @@ _PACKAGES = {
 }
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _STDERR_LINES = 6
+
+
+_starting = threading.Lock()
+
+
+@contextmanager
+def none_starts() -> Iterator[None]:
+    """While it lasts, no program is about to start: until it has, it has all files open that any thread has, so that
+    what they lie on cannot be unmounted."""
+    with _starting:
+        yield
 
 
 class ToolResult(NamedTuple):
@@ -48,11 +61,16 @@ def run_tool(argv: Sequence[str | os.PathLike[str]], *, accept: Collection[int] 
     # A service or cron job may have no sbin in its PATH, and a locale would change what is parsed.
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:{_SBIN}", "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        with _starting:
+            started = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
     except FileNotFoundError:
         package = _PACKAGES.get(command[0], command[0])
         raise Unsupported(f"{command[0]} is not installed", hint=f"apt install {package}") from None
-    result = ToolResult(done.returncode, *(raw.decode(errors="replace") for raw in (done.stdout, done.stderr)))
+    with started:
+        said = [raw.decode(errors="replace") for raw in started.communicate()]
+    result = ToolResult(started.returncode, *said)
     if result.code not in accept:
         raise HpmapperError(f"{shlex.join(command)} failed with status {result.code}: {_last_words(result)}")
     return result

@@ -11,6 +11,7 @@ takes some milliseconds, most of which is the pool's.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
@@ -157,7 +158,7 @@ class Datasets:
             FailedPrecondition: it is mounted somewhere, or others are clones of it.
         """
         with suppress(NotFound):
-            _zfs("destroy", "-r", self.name(role, number))
+            _patiently("destroy", "-r", self.name(role, number))
         self._complete.pop(number, None)
 
     def limit(self, number: SnapshotId, size: int) -> None:
@@ -200,11 +201,14 @@ class Datasets:
         _zfs("inherit", OWNER, self.fsname)
 
 
+_BUSY = "is busy"
+_PATIENCE = 2.0
+
 _REFUSALS: Sequence[tuple[str, type[HpmapperError], str]] = (
     ("does not exist", NotFound, "zfs list shows what there is"),
     ("no such pool", NotFound, "zpool import shows what could be imported"),
     ("already exists", AlreadyExists, "zfs list shows it"),
-    ("is busy", FailedPrecondition, "stop what runs in it"),
+    (_BUSY, FailedPrecondition, "stop what runs in it"),
     ("dependent clones", FailedPrecondition, "remove what was made on it first"),
     ("out of space", NoSpace, "remove something, or give the pool another device"),
     ("quota exceeded", NoSpace, "raise the quota of the dataset in zfs.fsname"),
@@ -213,6 +217,19 @@ _REFUSALS: Sequence[tuple[str, type[HpmapperError], str]] = (
     ("/dev/zfs", Unsupported, "modprobe zfs, and run as root"),
 )
 """What the programs say, and what that means."""
+
+
+def _patiently(*words: str) -> None:
+    """Try again while a dataset is busy though nobody uses it: another mount namespace is just being let go."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            _zfs(*words)
+            return
+        except FailedPrecondition as error:
+            if _BUSY not in error.message or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _zfs(*words: str) -> str:

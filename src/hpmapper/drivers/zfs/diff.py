@@ -9,38 +9,63 @@ whose former path is known is at least "deleted", and a new one lies in a change
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from hpmapper.errors import HpmapperError
+from hpmapper.kernel import mount
+from hpmapper.kernel.fscontext import MOUNT_ATTR_RDONLY
 from hpmapper.pool.tools import run_tool
 
+log = logging.getLogger(__name__)
+
 _ESCAPE = re.compile(rb"\\(\d{4})")
-_UNKNOWN = b"???<object#"
 
 
-def suspects(origin: str, dataset: str, mounted: bytes, contents: bytes) -> set[bytes] | None:
+def suspects(origin: str, dataset: str, whole: Path, place: Path, contents: bytes) -> set[bytes] | None:
     """What may differ between a snapshot and the mounted dataset that is a clone of it; None if that cannot be told.
 
     These are paths without a leading slash, and with each of them all directories above.
 
     Args:
-        mounted: where the dataset is mounted as a whole, in this namespace, before anywhere else.
-        contents: what in it counts, such as b"layer/diff".
+        whole: where the dataset is mounted as a whole.
+        place: a directory where the snapshot's dataset can be mounted meanwhile, seen by nobody.
+        contents: what in the dataset counts, such as b"layer/diff".
     """
     try:
-        said = run_tool(["zfs", "diff", "-H", origin, dataset]).stdout
-    except HpmapperError:
+        with ThreadPoolExecutor(1) as thread:
+            said = thread.submit(_ask, origin, dataset, whole, place).result()
+    except (HpmapperError, OSError) as error:
+        log.info("zfs diff says nothing of %s, which is read as a whole: %s", dataset, error)
         return None
     found: set[bytes] = set()
+    top = os.fsencode(whole) + b"/"
     for path in _paths(said.encode("ascii", "replace")):
-        if not path.startswith(mounted + b"/") or path.startswith(_UNKNOWN):
-            return None
-        inside = path.removeprefix(mounted + b"/")
+        if not path.startswith(top):
+            return None  # "???<object#7>"
+        inside = path.removeprefix(top)
         if inside == contents or inside.startswith(contents + b"/"):
             _add(found, inside.removeprefix(contents).removeprefix(b"/"))
     return found
+
+
+def _ask(origin: str, dataset: str, whole: Path, place: Path) -> str:
+    """Run `zfs diff` in a mount namespace of its own.
+
+    It wants a clone's origin mounted as well (libzfs_diff.c, get_mountpoints), and takes the first mount of a dataset
+    that it finds, where one of a part would not do. All others are let go, too: nobody could destroy these meanwhile.
+    """
+    mount.private_namespace()
+    ours = dataset.rpartition("/")[0] + "/"
+    for one in reversed(mount.mounts()):
+        if one.fstype == "zfs" and one.source.startswith(ours) and one.target != os.fspath(whole):
+            mount.umount(one.target, lazy=True)
+    mount.filesystem("zfs", origin.partition("@")[0], place, attributes=MOUNT_ATTR_RDONLY)
+    return run_tool(["zfs", "diff", "-H", origin, dataset]).stdout
 
 
 def _paths(said: bytes) -> Iterator[bytes]:

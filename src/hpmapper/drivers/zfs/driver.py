@@ -54,6 +54,7 @@ from hpmapper.layer.scan import DirectoryView, scan, scan_pair
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.base import format_size
+from hpmapper.pool.tools import none_starts
 from hpmapper.store.objects import IsObject
 from hpmapper.store.workspace import discard
 from hpmapper.tree import Inode
@@ -68,10 +69,15 @@ _RECORD = "dataset"
 
 
 class _Trees(NamedTuple):
-    """What is compared: the roots of the layer below (None: nothing is) and of a snapshot, and their names in ZFS."""
+    """What is compared: the roots of the layer below (None: nothing is) and of a snapshot, and their names in ZFS.
+
+    `whole` is where the snapshot is mounted as a whole, `place` a directory that the layer may be mounted at.
+    """
 
     before: Path | None
     after: Path
+    whole: Path
+    place: Path
     origin: str
     dataset: str
 
@@ -321,8 +327,9 @@ class ZfsDriver(directory.DirectoryLayers):
         return False
 
     def unmount(self, snapshot: SnapshotId) -> None:
-        for name in ("m", "fs"):
-            unmount_path(self._snapshot(snapshot) / name)
+        with none_starts():
+            for name in ("m", "fs"):
+                unmount_path(self._snapshot(snapshot) / name)
 
     def remove(self, snapshot: SnapshotId) -> None:
         self.unmount(snapshot)
@@ -359,10 +366,12 @@ class ZfsDriver(directory.DirectoryLayers):
         with self._whole(snapshot) as whole:
             sync.syncfs(whole)  # what is mapped into memory is not yet ZFS's
             if not origin:
-                yield _Trees(None, whole / CONTENTS, origin, name)
+                yield _Trees(None, whole / CONTENTS, whole, whole, origin, name)
                 return
+            place = self._layer(chain[0])
+            place.mkdir(mode=0o700, exist_ok=True)
             with mount.detached("zfs", origin, attributes=MOUNT_ATTR_RDONLY) as before:
-                yield _Trees(before / CONTENTS, whole / CONTENTS, origin, name)
+                yield _Trees(before / CONTENTS, whole / CONTENTS, whole, place, origin, name)
 
     @contextmanager
     def _whole(self, snapshot: SnapshotId) -> Iterator[Path]:
@@ -375,7 +384,8 @@ class ZfsDriver(directory.DirectoryLayers):
         finally:
             with lock.exclusive(top), suppress(FailedPrecondition):  # another such reader is left
                 if not mount.is_mountpoint(self.root(snapshot)):
-                    unmount_path(whole)
+                    with none_starts():
+                        unmount_path(whole)
 
 
 def dataset_of(path: Path) -> str:
@@ -438,8 +448,7 @@ def _asked(trees: _Trees, before: Path) -> _Same | None:
     if _is_sealed(trees.origin) or (before.parent / directory.LOST_LINKS).exists():
         return None
     after = os.fsencode(trees.after)
-    whole = after.removesuffix(b"/" + CONTENTS.encode())
-    found = suspects(trees.origin, trees.dataset, whole, CONTENTS.encode())
+    found = suspects(trees.origin, trees.dataset, trees.whole, trees.place, CONTENTS.encode())
     # A file with several names is told by one of them.
     if found is None or any(_has_links(top + b"/" + path) for top in (os.fsencode(before), after) for path in found):
         return None
