@@ -525,12 +525,20 @@ PROBES: tuple[_Probe, ...] = (
         "Linux 6.7 or newer, and btrfs loaded (modprobe btrfs)",
         _simple_quotas,
     ),
-    _Probe("zfs", "the zfs driver", "modprobe zfs (Debian: apt install zfs-dkms zfsutils-linux)", _zfs),
+    _Probe(
+        "zfs",
+        "the zfs driver",
+        "modprobe zfs (Debian: apt install zfs-dkms zfsutils-linux)",
+        _zfs,
+        module="zfs",
+    ),
     _Probe(
         "aufs",
         "the aufs driver with its directories here",
         "a kernel with AUFS, which no mainline kernel has; and XFS or ext4",
         _aufs,
+        module="aufs",
+        by_place=True,
     ),
     _Probe(
         "idmapped-mounts",
