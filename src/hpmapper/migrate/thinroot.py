@@ -95,13 +95,7 @@ class ThinRoots:
         length = fs.device_size(data) // dm.SECTOR // block * block
         table = thin.PoolTable(length, str(meta), str(data), block, 0, ("skip_block_zeroing", "read_only"))
         try:
-            try:
-                return self._held(f"{self._prefix}-pool", table.target(), self._stack)
-            except PermissionError:  # a kernel that wants to be able to write, though it is not to
-                name = f"{self._prefix}-data"
-                with self._writable(name, str(data), fs.device_size(data) // dm.SECTOR, self._stack) as path:
-                    table = table._replace(data=str(path))
-                    return self._held(f"{self._prefix}-pool", table.target(), self._stack)
+            return self._held(f"{self._prefix}-pool", table.target(), self._stack)
         except OSError as error:
             raise Corrupt(
                 f"the thin pool on {self._place.data} cannot be read: {error.strerror}",
