@@ -380,11 +380,16 @@ class Served:
 
 @contextmanager
 def served(
-    directory: Path, driver: str, *, idle_seconds: float = 1e6, start: StartSettings | None = None
+    directory: Path,
+    driver: str,
+    *,
+    options: tuple[str, ...] = (),
+    idle_seconds: float = 1e6,
+    start: StartSettings | None = None,
 ) -> Iterator[Served]:
     """A new root, served until the end; then nothing is mounted any more. Starts are recorded as `start` says."""
     content = FakeContent()
-    wanted = config(directory, driver)
+    wanted = config(directory, driver).with_options(options)
     with content.served(directory / "c.sock"), open_root(wanted) as opened:
         engine = opened.engine
         caretaker = Caretaker(engine, idle_seconds=idle_seconds)

@@ -19,11 +19,12 @@ from hpmapper.drivers.upper import disk_usage
 from hpmapper.drivers.vfs import VfsDriver
 from hpmapper.engine import Engine
 from hpmapper.errors import InvalidArgument, Unsupported
-from hpmapper.forest import Forest
+from hpmapper.forest import MAX_SIZE_LABEL, TARGET_LABEL, Forest
 from hpmapper.image.opening import SourceOptions
 from hpmapper.images import Images
 from hpmapper.kernel import loop, mount, probe, qgroup
 from hpmapper.layer.stream import Expected
+from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.model import SnapshotId
 from hpmapper.pool.base import MIB, PoolFs
@@ -33,6 +34,7 @@ from hpmapper.root import open_root, remove_root
 from hpmapper.testing.tars import member, tar
 from tests.filesystems import mounted
 from tests.scenario import Silent
+from tests.serving import served
 
 pytestmark = pytest.mark.kernel
 
@@ -91,6 +93,19 @@ def test_dockers_containers_have_the_default_size_and_its_images_layers_have_non
     found = [limit_of(top) for top in sorted(limited.glob("data/a/*"))]
     engine.close()
     assert found == [None, LIMIT, 32 * MIB]
+
+
+def test_containerds_containers_have_it_too_and_what_it_unpacks_has_not(limited: Path) -> None:
+    with served(limited, "overlay", options=("overlay2.size=16M",)) as root:
+        root.client.prepare("container")
+        root.client.prepare("own", labels={MAX_SIZE_LABEL: str(32 * MIB)})
+        root.client.prepare("unpacking", labels={TARGET_LABEL: "sha256:" + "0" * 64})
+        found = {
+            snapshot.key: snapshots.size_limit(root.engine.db, snapshot.id)
+            for snapshot in snapshots.walk(root.engine.db)
+        }
+        assert found == {"containerd:container": LIMIT, "containerd:own": 32 * MIB, "containerd:unpacking": None}
+        root.clear()
 
 
 @pytest.mark.parametrize("value", ["true", "1", "F", "False"])

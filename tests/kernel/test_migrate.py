@@ -18,6 +18,7 @@ from hpmapper.cli.main import cli
 from hpmapper.config import Config
 from hpmapper.containers import Containers
 from hpmapper.errors import AlreadyExists, Corrupt, FailedPrecondition, InvalidArgument, NoSpace, Unsupported
+from hpmapper.forest import Forest
 from hpmapper.image.opening import SourceOptions
 from hpmapper.images import Images
 from hpmapper.kernel import mount, sync
@@ -191,6 +192,29 @@ def test_a_bind_of_a_root_is_refused(small: Config, target: Config, tmp_path: Pa
     finally:
         mount.umount(elsewhere)
         remove_root(migration.config(tmp_path, "overlay", "third"), force=True)
+
+
+@pytest.mark.parametrize("driver", ["hpmapper", "btrfs"])
+def test_what_a_running_container_has_bound_is_refused_and_left_alone(driver: str, tmp_path: Path) -> None:
+    """Its daemon has stopped, it goes on: our own mount stays, so that the next daemon makes no second one."""
+    source, target = migration.config(tmp_path, driver, "source"), migration.config(tmp_path, "vfs", "target")
+    elsewhere = tmp_path / "bundle"
+    elsewhere.mkdir()
+    try:
+        with open_root(source) as opened:
+            forest = Forest(opened.engine, "containerd")
+            recorded = forest.prepare("running", "", {})
+            spec = forest.first_mounts(recorded)
+            mount.bind(spec.source, elsewhere, recursive=True)
+        with pytest.raises(FailedPrecondition, match=f"'containerd:running' is in use: it is mounted at {elsewhere}"):
+            migrate(source, target)
+        assert mount.is_mountpoint(spec.source) or driver == "btrfs", "btrfs hands out the directory itself"
+        mount.umount(elsewhere)
+        assert migrate(source, target).snapshots == 1
+    finally:
+        for config in (source, target):
+            if (config.root / DATABASE).exists():
+                remove_root(config, force=True)
 
 
 def test_a_daemon_at_either_end_is_refused(small: Config, target: Config) -> None:

@@ -528,7 +528,7 @@ PROBES: tuple[_Probe, ...] = (
     _Probe(
         "zfs",
         "the zfs driver",
-        "OpenZFS's module and programs (Debian: apt install zfs-dkms zfsutils-linux)",
+        "modprobe zfs (Debian: apt install zfs-dkms zfsutils-linux)",
         _zfs,
         module="zfs",
     ),

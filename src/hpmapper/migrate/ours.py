@@ -93,32 +93,37 @@ class Ours:
     def _require_unused(self, one: Snapshot) -> None:
         """Unmount what nobody has open; what an engine has mounted elsewhere is in use as well.
 
+        That is looked at first: without our own mount the next daemon would make another one of the same upper.
+
         Raises:
             FailedPrecondition: it is in use.
         """
         driver = self._engine.driver
+        elsewhere = _mounted_elsewhere(driver.root(one.id).parent)
+        if elsewhere is not None:
+            raise FailedPrecondition(
+                f"snapshot {one.key!r} is in use: it is mounted at {elsewhere}",
+                hint="stop its container, whoever runs it",
+            )
         try:
             driver.unmount(one.id)
         except FailedPrecondition as error:
             raise FailedPrecondition(f"snapshot {one.key!r} is in use: {error.message}", hint=error.hint) from None
-        mounted = _mounted_elsewhere(driver.root(one.id).parent)
-        if mounted is not None:
-            raise FailedPrecondition(
-                f"snapshot {one.key!r} is in use: it is mounted at {mounted}",
-                hint="stop its container, whoever runs it",
-            )
 
 
 def _mounted_elsewhere(place: Path) -> str | None:
-    """Where a snapshot's directory is bound, or is an overlay's upper, for somebody else."""
+    """Where a snapshot's root is bound, or its upper is an overlay's, for somebody else."""
     top = os.path.realpath(place)
     mounts = mountinfo.mounts()
     holders = [one for one in mounts if top.startswith(one.target.rstrip("/") + "/")]
     holder = max(holders, key=lambda one: len(one.target))  # of two at one place the later one is seen
     roots = (f"/a/{place.name}/m", f"/a/{place.name}/diff")
+    own = {(one.device, one.root) for one in mounts if one.target == f"{top}/m"}
     for one in mounts:
+        if one.target.startswith(f"{top}/"):
+            continue
         is_bound = (one.fstype, one.source) == (holder.fstype, holder.source) and one.root.endswith(roots)
-        if is_bound or one.upper == f"{top}/u":
+        if is_bound or one.upper == f"{top}/u" or (one.device, one.root) in own:
             return one.target
     return None
 

@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +23,15 @@ from hpmapper.drivers.devicemapper import basefs, metadata, thin
 from hpmapper.errors import Corrupt, FailedPrecondition, NotFound, Unsupported
 from hpmapper.kernel import dm, fs, loop, mount
 from hpmapper.kernel.fscontext import MOUNT_ATTR_RDONLY
-from hpmapper.kernel.syscall import opened
+from hpmapper.kernel.syscall import AnyPath, opened
 
 _SCRATCH = 1 << 30
 """Bytes of the sparse file for journals; they are replayed within what they take themselves."""
 
 _CHUNK = 8
 """Sectors."""
+
+_SECTOR = 512
 
 _CLEARING_SECONDS = 5
 """The kernel removes devices a moment after their last user has gone."""
@@ -93,13 +95,7 @@ class ThinRoots:
         length = fs.device_size(data) // dm.SECTOR // block * block
         table = thin.PoolTable(length, str(meta), str(data), block, 0, ("skip_block_zeroing", "read_only"))
         try:
-            try:
-                return self._held(f"{self._prefix}-pool", table.target(), self._stack)
-            except PermissionError:  # a kernel that wants to be able to write, though it is not to
-                name = f"{self._prefix}-data"
-                with self._writable(name, str(data), fs.device_size(data) // dm.SECTOR, self._stack) as path:
-                    table = table._replace(data=str(path))
-                    return self._held(f"{self._prefix}-pool", table.target(), self._stack)
+            return self._held(f"{self._prefix}-pool", table.target(), self._stack)
         except OSError as error:
             raise Corrupt(
                 f"the thin pool on {self._place.data} cannot be read: {error.strerror}",
@@ -109,7 +105,7 @@ class ThinRoots:
     def _device(self, path: Path) -> Path:
         if path.is_block_device():
             return path
-        return self._stack.enter_context(loop.attached(path, read_only=True))
+        return self._stack.enter_context(_loop(path, read_only=True))
 
     @staticmethod
     def _held(name: str, target: dm.Target, stack: ExitStack) -> str:
@@ -159,7 +155,7 @@ class ThinRoots:
         """A device that can be written to; what is written is forgotten. It goes with its last user after this."""
         with tempfile.TemporaryFile(prefix="hpmapper-") as scratch:
             os.truncate(scratch.fileno(), _SCRATCH)
-            cow = stack.enter_context(loop.attached(f"/proc/self/fd/{scratch.fileno()}"))
+            cow = stack.enter_context(_loop(f"/proc/self/fd/{scratch.fileno()}"))
             try:
                 dm.activate(name, [dm.Target(0, sectors, "snapshot", f"{origin} {cow} N {_CHUNK}")])
             except OSError as error:
@@ -182,6 +178,11 @@ def _mounted(path: Path, device: int) -> Iterator[Path]:
         except (OSError, FailedPrecondition) as error:
             raise Corrupt(f"the file system on thin device {device} cannot be mounted: {error}") from error
         yield top
+
+
+def _loop(path: AnyPath, *, read_only: bool = False) -> AbstractContextManager[Path]:
+    # Blocks as Docker's loop devices had: with larger ones a file system of such sectors is refused.
+    return loop.attached(path, read_only=read_only, direct_io=False, block_size=_SECTOR)
 
 
 def _removed(name: str) -> bool:
