@@ -160,9 +160,9 @@ class Containerd:
 
     def stop(self) -> None:
         """End containerd and then the server, which both must do so properly."""
-        assert self.daemon.stop() == 0, self.daemon.log.read_text()
-        if self.server is not None:
-            assert self.server.stop() == 0, self.server.log.read_text()
+        for one in filter(None, (self.daemon, self.server)):
+            status = one.stop()
+            assert status == 0, f"status {status}\n{one.log.read_text()}"
 
     def _write(self, inside: str, text: str) -> None:
         self.machine.path(inside).write_text(text)

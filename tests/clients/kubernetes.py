@@ -84,6 +84,14 @@ class Node(Containerd):
         self.daemon.stop(signal.SIGKILL)
         self.start_daemon()
 
+    def start_again(self) -> None:
+        """Start what a test that failed has left ended."""
+        assert self.server is not None
+        if self.server.ended:
+            self.start_server()
+        if self.daemon.ended:
+            self.start_daemon()
+
     def stop(self) -> None:
         self.cri.close()
         super().stop()

@@ -48,8 +48,10 @@ def shared(request: pytest.FixtureRequest, pool: Path, pause: Path) -> Iterator[
 @pytest.fixture
 def node(shared: Node) -> Iterator[Node]:
     """With nothing in it; and it must come to that again when pods and images are removed."""
+    shared.start_again()
     before = left(shared)
     yield shared
+    shared.start_again()
     shared.remove_pods()
     shared.remove_all_images()
     # containerd collects in the background.
