@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -208,14 +209,20 @@ def _place(config: Config, directory: Path | None) -> Path:
     return next(path for path in (config.root, *config.root.parents) if path.is_dir())
 
 
+_LOWEST = 19
+"""Niceness. On one processor a start beside the deletion of 100 layers takes 1.5 times as long, else 2.9 times."""
+
+
 @click.command()
 @json_option
 @pass_state
 def gc(state: State) -> None:
     """Remove what nothing refers to.
 
-    Layers that no image has, and objects that no layer needs. Anything else may go on meanwhile.
+    Layers that no image has, and objects that no layer needs. Anything else may go on meanwhile, and comes first: this
+    runs at the lowest priority.
     """
+    os.setpriority(os.PRIO_PROCESS, 0, _LOWEST)
     with session(state) as opened:
         collected = opened.engine.collect()
     output.show(
