@@ -129,9 +129,11 @@ def test_doctor(facts: Facts, tmp_path: Path) -> None:
 
 
 def test_gc_and_fsck(facts: Facts) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     found = facts("gc")
     assert found.pop("bytes") >= 0  # the disk is others', too
     assert found == {"layers": 0, "objects": 0, "waiting": False}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
     assert facts("fsck") == {"findings": [], "unrepaired": 0}
 
 
