@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -184,9 +185,11 @@ class DockerDirectory:
         os.close(fd)
         for here, _, files in os.walk(top):
             for one in files:
-                fd = os.open(os.path.join(here, one), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-                os.fsync(fd)
-                os.close(fd)
+                path = os.path.join(here, one)
+                if stat.S_ISREG(os.lstat(path).st_mode):
+                    fd = os.open(path, os.O_RDONLY)
+                    os.fsync(fd)
+                    os.close(fd)
         dm.suspend(f"{self.prefix}-{device}", freeze=False)
         try:
             self._make(copy, device)

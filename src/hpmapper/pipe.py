@@ -7,7 +7,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from types import TracebackType
+from typing import BinaryIO, Self, cast
 
 
 class _Reader(io.RawIOBase):
@@ -85,10 +86,18 @@ def stoppable(stream: BinaryIO, stop: Flag | threading.Event) -> BinaryIO:
     return cast(BinaryIO, _Stoppable(stream, stop))
 
 
-class _Stoppable(io.RawIOBase):
+class _Stoppable:
+    """Not an io class: those close themselves when they are dropped, and closing waits for a thread that reads."""
+
     def __init__(self, stream: BinaryIO, stop: Flag | threading.Event) -> None:
         self._stream = stream
         self._stop = stop
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def read(self, size: int = -1) -> bytes:
         if self._stop.is_set():
@@ -97,4 +106,3 @@ class _Stoppable(io.RawIOBase):
 
     def close(self) -> None:
         self._stream.close()
-        super().close()

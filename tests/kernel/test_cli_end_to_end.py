@@ -160,7 +160,7 @@ def test_the_btrfs_driver_on_a_pool_of_its_own_and_in_a_directory(kind: str, tmp
 
 def test_a_limit_where_there_is_none_is_refused(tmp_path: Path) -> None:
     cli = Cli(tmp_path / "root")
-    cli.command.append("--storage-driver=vfs")
+    cli.command += ["--storage-driver=vfs", "--storage-opt=min_free_space=0"]  # the disk is others', too
     cli.run("image", "import", f"dir:{busybox_root(tmp_path / 'rootfs')}", "busybox")
     with_limit = subprocess.run(
         [*cli.command, "run", "--size", "1G", "busybox", "true"], capture_output=True, text=True, check=False

@@ -117,7 +117,8 @@ class _Wanted:
             spool=spool,
             platform=self.platform,
             imported=self.imported,
-            stdin=sys.stdin.buffer,
+            # Not buffered: while a buffer is filled from a slow pipe, Ctrl-C is noticed with the next bytes only.
+            stdin=getattr(sys.stdin.buffer, "raw", sys.stdin.buffer),
             insecure=self.insecure,
             progress=None if self.quiet else lambda line: click.echo(line, err=True),
         )
