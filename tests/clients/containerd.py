@@ -140,9 +140,9 @@ class Containerd:
 
     def start_server(self) -> None:
         """Start the server of the snapshotter, if it is a proxy."""
+        self.machine.path(ROOT).mkdir(mode=0o700, exist_ok=True)
         if not self.setup.command:
             return
-        self.machine.path(ROOT).mkdir(mode=0o700, exist_ok=True)
         words = self.setup.command.format(root=ROOT, socket=SNAPSHOTTER_SOCKET).split()
         self.server = self.machine.start("server", *words)
         self.machine.wait(self.server, lambda: self.machine.answers(SNAPSHOTTER_SOCKET))
