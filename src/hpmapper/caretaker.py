@@ -51,6 +51,7 @@ class Caretaker:
         self._wake = threading.Condition()
         self._stopping = False
         self._retry_at = math.inf
+        self._collect_at = math.inf
         self._freed_at = -math.inf
         self._removed = True  # a daemon before this one may have left some
         self._collect = True
@@ -145,14 +146,19 @@ class Caretaker:
                 if quiet >= _QUIET_SECONDS:
                     return self._finish, 0
                 return None, _QUIET_SECONDS - quiet
-            if self._collect:
-                self._collect = False
-                return self._engine.collect, 0
+            if self._collect or now >= self._collect_at:
+                self._collect, self._collect_at = False, math.inf
+                return self._collect_all, 0
             if self._sealed:
                 if quiet >= self._idle_seconds:
                     return self._ingest_sealed, 0
                 return None, self._idle_seconds - quiet
             return None, _RETRY_SECONDS
+
+    def _collect_all(self) -> None:
+        if self._engine.collect().waiting:
+            with self._wake:
+                self._collect_at = time.monotonic() + _RETRY_SECONDS
 
     def _free(self) -> None:
         if not self._engine.free_removed():

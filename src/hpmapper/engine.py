@@ -65,7 +65,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What `collect` removed; `waiting`: objects were left because an ingest was running."""
+    """What `collect` removed; `waiting`: some was left, because it was in use or an ingest was running."""
 
     layers: int
     objects: int
@@ -625,7 +625,7 @@ class Engine:
             with self.db.transaction() as transaction:
                 gone += snapshots.forget_layer(transaction, layer)
             faults.point("collect.layer-forgotten")
-        self._remove_unknown()
+        waiting = not self._remove_unknown()
         faults.point("collect.layers-removed")
         with self.db.transaction() as transaction:
             objects = snapshots.forget_unused_objects(transaction)
@@ -634,7 +634,6 @@ class Engine:
         faults.point("collect.objects-forgotten")
         try:
             self.driver.sweep_objects(self._known_objects, timeout)
-            waiting = False
         except BlockingIOError:
             waiting = True
         return Collected(gone, objects, max(0, self.driver.space().free - free), waiting)
@@ -667,13 +666,13 @@ class Engine:
         log.info("undoing unfinished snapshot %s", snapshot)
         self._free([snapshot])
 
-    def _remove_unknown(self) -> None:
-        """Remove storage that no row names; what is still in use stays until the next time."""
+    def _remove_unknown(self) -> bool:
+        """Remove storage that no row names; False: some is still in use and stays until the next time."""
         stored = self.driver.stored()  # before the rows: whoever makes storage records the intent first
         known = snapshots.storage_ids(self.db)
         unknown = (stored.snapshots - known.snapshots) | (stored.layers - known.layers)
-        for one in sorted(unknown, reverse=True):  # the newest first: what others were made of may have to stay (ZFS)
-            self._remove_storage(one)
+        # The newest first: what others were made of may have to stay (ZFS).
+        return not [one for one in sorted(unknown, reverse=True) if not self._remove_storage(one)]
 
     def _remove_storage(self, snapshot: SnapshotId) -> bool:
         """Remove all storage of that number; False: it is in use."""

@@ -241,7 +241,7 @@ def gc(state: State) -> None:
         dataclasses.asdict(collected),
         lambda: (
             f"removed {collected.layers} layers and {collected.objects} objects, freed {output.size(collected.bytes)}"
-            + ("; some objects wait for an image that is being brought in" if collected.waiting else "")
+            + ("; some is still in use, or waits for an image that is being brought in" if collected.waiting else "")
         ),
     )
 
