@@ -35,6 +35,7 @@ def facts(work: Path) -> dict[str, str]:
         "hypervisor": _hypervisor(),
         "frequency": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "not told",
         "huge pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "page cache": _reclaimer(),
         "work directory": filesystem_name(work),
         "disk": _disk(work),
         "python": platform.python_version(),
@@ -66,6 +67,14 @@ def _hypervisor() -> str:
     if "hypervisor" not in _read("/proc/cpuinfo"):
         return "none seen"
     return _read("/sys/class/dmi/id/product_name") or _read("/sys/hypervisor/type") or "one that has no name"
+
+
+def _reclaimer() -> str:
+    """Whether pages are taken away though memory is free (Documentation/admin-guide/mm/damon/usage.rst)."""
+    threads = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("[0-9]*")
+    running = [thread for thread in threads if _read(thread / "state") == "on"]
+    actions = {_read(action) for thread in running for action in thread.glob("contexts/*/schemes/*/action")}
+    return "DAMON takes away what is not used for a while" if "pageout" in actions else "kept while memory is free"
 
 
 def _disk(work: Path) -> str:

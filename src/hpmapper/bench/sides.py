@@ -89,8 +89,10 @@ class DriverSide:
         silent_bring(self.engine, layout, image, self._work)
 
     def ingest(self, layout: Path, image: str) -> Cost:
+        # An installed command has its bytecode: without it every call would be half a second of compiling.
+        command = ["env", "-u", "PYTHONDONTWRITEBYTECODE", sys.executable, "-m", "hpmapper.cli.main"]
         root = ["--root", str(self.config.root), "--storage-opt", "min_free_space=0"]
-        return spent([sys.executable, "-m", "hpmapper.cli.main", *root, "image", "import", f"oci:{layout}", image])
+        return spent([*command, *root, "image", "import", f"oci:{layout}", image])
 
     def prepare(self, container: str, image: str) -> None:
         self._containers.create(image, container)
