@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ import grpc
 import pytest
 
 from hpmapper.errors import FailedPrecondition, InvalidArgument, NotFound
-from hpmapper.rpc.server import MAX_MESSAGE, After, Call, Later, Method, Server
+from hpmapper.rpc.server import MAX_MESSAGE, After, Call, Later, Method, Server, _Connection
 from hpmapper.rpc.status import Code, Failure
 
 _SECONDS = 60
@@ -267,6 +268,15 @@ def test_a_dropped_connection_ends_its_calls(place: Place) -> None:
     assert place.cancelled.wait(_SECONDS)
     with place.channel() as channel:
         assert _unary(channel, "Echo")(b"x") == b"x"
+
+
+def test_nothing_is_sent_on_a_connection_that_was_closed(place: Place) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = _Connection(ours, deque())
+        connection.close()
+        place.server._flush(connection)  # would touch freed memory
+        assert theirs.recv(1) == b""
 
 
 def test_calls_that_take_long_keep_nobody_waiting(place: Place, channel: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import logging
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def serve(
     containerd has its snapshotter and differ here, older Dockers their graph driver. Stops on SIGTERM: calls under way
     are finished first. Running containers are not touched, and go on to be served by the next daemon.
     """
+    faulthandler.enable()  # should a library crash, the journal says where
     if not state.debug:
         logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
     config = config_of(state)

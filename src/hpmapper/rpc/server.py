@@ -324,6 +324,8 @@ class Server:
 
     def _flush(self, connection: _Connection) -> None:
         """Send what there is; the rest when the peer has room again."""
+        if connection not in self._connections:  # closed meanwhile: its session is no memory of ours any more
+            return
         try:
             # No more than one piece is taken ahead of the peer: whoever does not read is not answered for ever.
             while connection.out or (piece := connection.session.pending()):
@@ -376,8 +378,7 @@ class Server:
         if quick:
             self._answer_quick(quick)
         for connection in touched:
-            if connection in self._connections:
-                self._flush(connection)
+            self._flush(connection)
 
     def _understood(self, stream: _Stream) -> tuple[Method, Call]:
         headers = dict(stream.headers)
@@ -434,14 +435,13 @@ class Server:
     def _answer_done(self) -> None:
         while self._done:
             connection, number, answer = self._done.popleft()
-            if connection in self._connections:
-                self._respond(connection, number, answer)
-                self._flush(connection)
+            self._respond(connection, number, answer)
+            self._flush(connection)
 
     def _respond(self, connection: _Connection, number: int, answer: list[bytes] | Failure) -> None:
         stream = connection.stream(number)
         if connection not in self._connections or stream is None:
-            return  # cancelled
+            return  # gone, or cancelled
         outcome = answer.code.name if isinstance(answer, Failure) else "OK"
         self.calls.count(stream.name, outcome, time.perf_counter() - stream.began)
         session = connection.session
