@@ -186,7 +186,7 @@ class Caretaker:
             log.warning("the image of snapshot %s is not made ready: %s", top, error)
 
     def _ingest_sealed(self) -> None:
-        sealed = snapshots.sealed_with(self._engine.db, TARGET_LABEL)
+        sealed = snapshots.sealed_of_images(self._engine.db, TARGET_LABEL)
         waiting = [one for one in sealed if one not in self._hopeless]
         if not waiting:
             self._sealed = False

@@ -21,11 +21,13 @@ from hpmapper.cache import start
 from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.count import count
 from hpmapper.cache.profile import Profile
+from hpmapper.cache.record import Seen, watch
 from hpmapper.cache.replay import Swept, is_cached, sweep
 from hpmapper.cache.start import ImageFiles, StartSettings, load, starting
 from hpmapper.image.opening import SourceOptions
 from hpmapper.image.save import SaveForm, save
 from hpmapper.kernel.mincore import Run
+from hpmapper.meta.db import Database
 from hpmapper.model import ObjectDigest
 from tests.cacheroot import MIB, CacheRoot, cache_root
 from tests.kernel.test_cli_end_to_end import BUSYBOX
@@ -154,6 +156,41 @@ def test_the_window_ends_a_recording(root: CacheRoot) -> None:
         until(lambda: load(root.engine.db, root.images.find("one").top) is not None)
         (path / "untouched").read_bytes()
     assert len(recorded(root).objects) == 1
+
+
+def test_what_the_kernel_drops_before_the_end_is_recorded_all_the_same(root: CacheRoot) -> None:
+    _, path = root.container("one", "first")
+    root.forget()
+    with started(root):
+        (path / "read").read_bytes()
+        time.sleep(2.5)  # looked at after one second, and after two
+        root.forget()
+    assert sizes(root)["read"] == 0
+    assert [sum(run.end - run.start for run in runs) for _, runs in recorded(root).objects] == [len(FILES["read"])]
+
+
+_USE = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1]).execute('SELECT * FROM setting').fetchall())"
+
+
+@pytest.mark.parametrize("careful", [True, False], ids=["ignored", "watched"])
+def test_a_database_beside_the_pool_is_not_torn_from_its_log(root: CacheRoot, careful: bool) -> None:
+    """Whatever is watched is opened, and whoever closes a file gives up SQLite's locks on it."""
+    files = files_of(root)
+    database = Database(root.home / "beside.db")
+    log = root.home / "beside.db-wal"
+
+    def use(_: float) -> bool:
+        subprocess.run([sys.executable, "-c", _USE, database.path], check=True, capture_output=True)
+        return True
+
+    try:
+        database.set_setting("a", "1")
+        seen = Seen(files.places, files.objects, files.map_file, cold=True)
+        watch(files.places, seen, use, untouchable=database.files if careful else ())
+        subprocess.run([sys.executable, "-c", _USE, database.path], check=True, capture_output=True)
+        assert log.exists() == careful, "the other process deletes the log only where it finds no locks"
+    finally:
+        database.close()
 
 
 @pytest.mark.parametrize("form", ["oci", "oci-archive", "docker-archive"])

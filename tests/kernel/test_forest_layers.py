@@ -560,3 +560,14 @@ def test_an_image_is_merged_once_its_layers_are_maps_and_what_is_no_image_stays(
         assert (tree / "more").read_bytes() == _BIG[::-1]
     assert _sealed(busy) == [busy.forest.get("init").layer]
     assert len(os.listdir(images)) == 1
+
+
+def test_an_image_that_was_unpacked_without_a_label_becomes_maps_too(busy: Served) -> None:
+    """containerd 1.6's own client does that; its keys say what they are."""
+    with shown(busy.client.prepare("k8s.io/1/extract-1", ""), busy.directory / "target") as tree:
+        (tree / "big").write_bytes(_BIG)
+    key = f"k8s.io/2/sha256:{'1f' * 32}"
+    busy.client.commit(key, "k8s.io/1/extract-1")
+    eventually(lambda: _assert(not _sealed(busy)))
+    with busy.looked_at(key) as tree:
+        assert (tree / "big").read_bytes() == _BIG

@@ -33,6 +33,9 @@ BROUGHT = {"zfs": ("spl.ko", "zfs.ko")}
 """Modules that lie on a disk with the feature's name for a serial number, in the order in which they are loaded."""
 
 
+TREES = {"docker": Path("/root/.cache/hpmapper/trees/docker20")}
+"""Where the benchmark looks for a root file system that lies on a disk with the feature's name for a serial number."""
+
 _KERNEL_LINES = 60
 
 
@@ -79,6 +82,8 @@ def main() -> int:
         _load(feature, BROUGHT.get(feature, ()))
     with _port("reports").open("w", encoding="ascii") as port:
         if wanted["module"]:
+            for feature in TREES.keys() & wanted["features"]:
+                _mount_disk(feature, TREES[feature], "rw")
             return _run_module(wanted["module"], wanted["arguments"], port)
         return _run_tests(wanted["arguments"], port)
 
@@ -87,11 +92,15 @@ def _load(feature: str, modules: Sequence[str]) -> None:
     if not modules:
         return
     place = Path("/run", feature)
-    place.mkdir()
-    (disk,) = (file.parent.name for file in Path("/sys/block").glob("*/serial") if file.read_text().strip() == feature)
-    subprocess.run(["mount", "-o", "ro", f"/dev/{disk}", place], check=True)
+    _mount_disk(feature, place, "ro")
     for name in modules:
         subprocess.run(["insmod", place / name], check=True)
+
+
+def _mount_disk(serial: str, place: Path, option: str) -> None:
+    place.mkdir(parents=True)
+    (disk,) = (file.parent.name for file in Path("/sys/block").glob("*/serial") if file.read_text().strip() == serial)
+    subprocess.run(["mount", "-o", option, f"/dev/{disk}", place], check=True)
 
 
 def _run_tests(arguments: list[str], port: TextIO) -> int:

@@ -15,7 +15,8 @@ import socket
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ mount --rbind /dev "$1/dev"
 mount --rbind /proc "$1/proc"
 mount --rbind /sys "$1/sys"
 mount -t tmpfs run "$1/run"
+[ -z "$2" ] || mount --bind "$2" "$1/srv"
 root=$1
-shift
+shift 2
 exec chroot "$root" /usr/sbin/dockerd "$@"
 """
 
@@ -46,19 +48,28 @@ class Docker:
         options: storage options ("dm.basesize=1G").
         driver: the storage driver.
         data: its data root, as a path in `root`.
+        home: a directory that is seen at /srv in `root`.
     """
 
     def __init__(
-        self, root: Path, options: Iterable[str] = (), driver: str = "devicemapper", data: str = "/var/lib/docker"
+        self,
+        root: Path,
+        options: Iterable[str] = (),
+        driver: str = "devicemapper",
+        data: str = "/var/lib/docker",
+        home: Path | None = None,
     ) -> None:
         self._root = root
+        self._data = data
+        self._driver = driver
         self._log = root / "docker.log"
         words = ["--storage-driver", driver, "--data-root", data, "--host", "unix:///docker.sock"]
         # Without udev there is nothing to wait for; Docker wants to be told.
         given = [*options, "dm.override_udev_sync_check=true"]
         words += [word for option in given for word in ("--storage-opt", option)]
         words += ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false", "--experimental"]
-        self._command = ["unshare", "-m", "--propagation", "private", "sh", "-c", _SETUP, "sh", str(root), *words]
+        places = [str(root), str(home or "")]
+        self._command = ["unshare", "-m", "--propagation", "private", "sh", "-c", _SETUP, "sh", *places, *words]
 
     def __enter__(self) -> Docker:
         socket_path = self._root / "docker.sock"
@@ -127,6 +138,37 @@ class Docker:
     def mount(self, container: str) -> None:
         """Have its root mounted, looked at, and unmounted: all that the API offers of that without a process in it."""
         self.call("HEAD", f"/containers/{container}/archive?path=/")
+
+    @contextmanager
+    def mounted(self, container: str) -> Iterator[Path]:
+        """A container's root file system, mounted for as long as the context lasts.
+
+        Without a process in it Docker mounts it only while somebody reads it: so an export is begun, and not read on.
+
+        Raises:
+            Failed: it is so small that the export ends by itself.
+        """
+        number = (self._root_seen(f"{self._data}/image/{self._driver}/layerdb/mounts/{container}/mount-id")).read_text()
+        inside = f"{self._data}/{self._driver}/mnt/{number}"
+        connection = _Connection(self._root / "docker.sock")
+        try:
+            connection.request("GET", f"/v1.41/containers/{container}/export")
+            answer = connection.getresponse()
+            if not self._is_mounted(inside):
+                raise Failed(f"the root of {container} does not stay mounted: {answer.status}")
+            yield self._root_seen(f"{inside}/rootfs")
+        finally:
+            connection.sock.close()  # the answer holds on to the connection otherwise
+            connection.close()
+            while self._is_mounted(inside):
+                time.sleep(0.001)
+
+    def _root_seen(self, inside: str) -> Path:
+        """Where a path of Docker's is for others: it has mounts of its own."""
+        return Path(f"/proc/{self._process.pid}/root{inside}")
+
+    def _is_mounted(self, inside: str) -> bool:
+        return f" {inside} " in Path(f"/proc/{self._process.pid}/mountinfo").read_text()
 
     def remove(self, container: str) -> None:
         """Remove a container."""

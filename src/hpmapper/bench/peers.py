@@ -2,7 +2,7 @@
 
 containerd runs out of a tree of Debian sid, whose containerd has the erofs snapshotter; each side has one of its own,
 with root, state and socket on the side's file system. The tree is seen through an overlay, so that it stays as it is.
-Docker, composefs and stargz-snapshotter are listed with the reason why they are not measured.
+Docker's overlay2, composefs and stargz-snapshotter are listed with the reason why they are not measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hpmapper.bench import gobuild
+from hpmapper.bench import dockerpeer, gobuild
 from hpmapper.bench.ground import Ground
 from hpmapper.bench.harness import Cost, NotHere, Side
 from hpmapper.bench.images import debootstrap, run
@@ -436,6 +436,7 @@ PEERS = (
         _nothing("its roots are mounted only while containers run; overlay-ext4 and containers-storage mount the same"),
         _never,
     ),
+    Peer(dockerpeer.NAME, dockerpeer.why_not, dockerpeer.opened),
     Peer("composefs", _needs("mkcomposefs", "mount.composefs"), _never),
     Peer("stargz", _needs("containerd-stargz-grpc"), _never),
 )

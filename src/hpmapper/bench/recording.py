@@ -78,7 +78,7 @@ def _by_residency(note: Note, files: ImageFiles, root: Path, command: Sequence[s
 
 def _by_fanotify(note: Note, files: ImageFiles, root: Path, command: Sequence[str], *, mask: int, whole: bool) -> None:
     seen: set[str] = set()
-    with fanotify.watching(files.places.scratch.parent, mask) as fd:
+    with fanotify.watching(files.places.scratch.parent, mask, ignored=files.database) as fd:
         _timed_start(note, root, command)
         begin = time.perf_counter()
         for event in _events(fd):

@@ -154,11 +154,11 @@ def _physical(fd: int, start: int) -> int:
 
 
 def joined(runs: Sequence[Run], gap: int) -> tuple[Run, ...]:
-    """Runs, those less than `gap` bytes apart as one: reading a little too much is cheaper than asking twice."""
+    """Runs in order, those less than `gap` bytes apart as one: a little too much is cheaper than two requests."""
     result: list[Run] = []
-    for run in runs:
+    for run in sorted(runs):
         if result and run.start - result[-1].end < gap:
-            result[-1] = Run(result[-1].start, run.end)
+            result[-1] = Run(result[-1].start, max(result[-1].end, run.end))
         else:
             result.append(run)
     return tuple(result)

@@ -24,7 +24,7 @@ from typing import Protocol
 from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.places import Places, places
 from hpmapper.cache.profile import Profile, decode, for_this_disk
-from hpmapper.cache.record import enough, forget, is_cold, profile_of, watch
+from hpmapper.cache.record import Seen, enough, forget, is_cold, watch
 from hpmapper.cache.replay import Swept, sweep
 from hpmapper.drivers.base import Chain, Driver
 from hpmapper.errors import Corrupt, NotFound, Unsupported
@@ -49,7 +49,8 @@ class StartSettings:
 
 
 class ImageFiles:
-    """An image as far as its start is concerned. `chain_id`: what its profile is kept under, None if that is unknown.
+    """An image as far as its start is concerned. `chain_id`: what its profile is kept under, None if that is unknown;
+    `database`: the files of the database that says so.
 
     Raises:
         Unsupported: the driver has no objects, so nothing is known of files across images and machines.
@@ -66,6 +67,7 @@ class ImageFiles:
             raise Unsupported(f"the {driver.name} driver has no objects: starts cannot be recorded")
 
         self.map_file: Path | None = next(iter(self.places.map_files(self.chain)), None)
+        self.database = db.files
 
     def forget(self) -> None:
         """Drop what is cached of it."""
@@ -179,9 +181,9 @@ def record(
     """Watch until time is up, the side is told to end, or the container `is_ready`."""
     began = time.monotonic()
     over = enough(side.told, window)
-    seen = watch(files.places, lambda wait: over(wait) or is_ready(), side.ready)
-    own = [digest for digest in seen if digest in files.objects]
-    return profile_of(files.places, files.map_file, own, time.monotonic() - began, cold=cold)
+    seen = Seen(files.places, files.objects, files.map_file, cold=cold)
+    watch(files.places, seen, lambda wait: over(wait) or is_ready(), side.ready, files.database)
+    return seen.profile(time.monotonic() - began)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 Marks belong on the pool's own file system: overlay and EROFS mounts refuse them, and a mount mark does not see what
 overlayfs does underneath (it opens the real files since Linux 6.5 so that events arrive, commit bc2473c90fca).
+
+Trap: each event brings an open file, and to close a file gives up all of the process's POSIX locks on it (fcntl(2)).
+Files that this process has such locks on, as SQLite has on an open database, must be `ignored`.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,6 +25,8 @@ _FAN_CLOEXEC = 0x1
 _FAN_NONBLOCK = 0x2
 _FAN_CLASS_PRE_CONTENT = 0x8
 _FAN_MARK_ADD = 0x1
+_FAN_MARK_IGNORED_MASK = 0x20
+_FAN_MARK_IGNORED_SURV_MODIFY = 0x40
 _FAN_MARK_FILESYSTEM = 0x100
 _METADATA = struct.Struct("=IBBHQii")
 _BUFFER = 64 * 1024
@@ -36,21 +41,29 @@ class Event(NamedTuple):
 
 
 @contextmanager
-def watching(filesystem: AnyPath, mask: int, *, pre_content: bool = False) -> Iterator[int]:
+def watching(
+    filesystem: AnyPath, mask: int, *, ignored: Iterable[AnyPath] = (), pre_content: bool = False
+) -> Iterator[int]:
     """A non-blocking fanotify fd that hears of `mask` on the whole file system that holds this path.
 
     Args:
+        ignored: files, wherever they are, of which it does not hear; they must be there for as long as it listens.
         pre_content: hear of accesses before they happen and hold them up; each event then needs an answer.
     """
     flags = _FAN_CLOEXEC | _FAN_NONBLOCK | (_FAN_CLASS_PRE_CONTENT if pre_content else 0)
     events = os.O_RDONLY | os.O_CLOEXEC | os.O_LARGEFILE
     fd = syscall(NR_FANOTIFY_INIT, flags, events, path=filesystem)
     try:
-        where = os.fsencode(filesystem)
-        syscall(NR_FANOTIFY_MARK, fd, _FAN_MARK_ADD | _FAN_MARK_FILESYSTEM, mask, AT_FDCWD, where, path=filesystem)
+        for path in ignored:  # first: from the next mark on there are events
+            _mark(fd, _FAN_MARK_IGNORED_MASK | _FAN_MARK_IGNORED_SURV_MODIFY, mask, path)
+        _mark(fd, _FAN_MARK_FILESYSTEM, mask, filesystem)
         yield fd
     finally:
         os.close(fd)
+
+
+def _mark(fd: int, kind: int, mask: int, path: AnyPath) -> None:
+    syscall(NR_FANOTIFY_MARK, fd, _FAN_MARK_ADD | kind, mask, AT_FDCWD, os.fsencode(path), path=path)
 
 
 def read_events(fd: int) -> list[Event]:

@@ -36,6 +36,16 @@ class Database:
         with translated(path):
             self._prepare()
 
+    @property
+    def files(self) -> list[Path]:
+        """The database's files, which this process must neither open nor close otherwise while it is open.
+
+        SQLite's locks are POSIX locks, which go with any closing of the file (sqlite.org/howtocorrupt.html, 2.2):
+        another process would then take the database for unused, and delete the log behind the connections here.
+        """
+        names = (self.path, Path(f"{self.path}-wal"), Path(f"{self.path}-shm"))
+        return [name for name in names if name.exists()]
+
     def close(self) -> None:
         """Close every thread's connection."""
         for connection in self._connections:

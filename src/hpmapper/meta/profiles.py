@@ -12,16 +12,21 @@ from typing import NamedTuple
 from hpmapper.errors import NotFound
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
-from hpmapper.meta.snapshots import Snapshot, Source, Transaction
+from hpmapper.meta.snapshots import Snapshot, Transaction
 from hpmapper.model import SnapshotId
 
 _TARGET_LABEL = "containerd.io/snapshot.ref"
-"""The chain ID by which containerd knows a committed snapshot: where it unpacked the layers itself, we know none."""
+_NAMED = f"""
+SELECT snapshot, value AS chain_id FROM label WHERE name = '{_TARGET_LABEL}'
+UNION SELECT id, substr(key, -{snapshots.CHAIN_ID_SIZE}) FROM snapshot WHERE {snapshots.HAS_CHAIN_ID_FOR_KEY}
+"""
+"""The chain IDs by which containerd knows committed snapshots, by a label or by their keys: where it unpacked the
+layers itself, we know none."""
 
 _HERE = f"""
 SELECT key FROM snapshot WHERE kind = 'committed' AND state = 'ready'
 UNION SELECT chain_id FROM chain
-UNION SELECT value FROM label WHERE name = '{_TARGET_LABEL}'
+UNION SELECT chain_id FROM ({_NAMED})
 """
 """The chain IDs of what is here."""
 
@@ -48,15 +53,19 @@ def chain_of(db: Database, snapshot: SnapshotId | None) -> tuple[str, SnapshotId
     return None
 
 
-def _chain_id(db: Source, row: Snapshot) -> str | None:
+def _chain_id(db: Database, row: Snapshot) -> str | None:
     if row.layer is None:
         return None
-    return snapshots.chain_id_of(db, row) or snapshots.labels(db, row.id).get(_TARGET_LABEL)
+    known = snapshots.chain_id_of(db, row)
+    if known is None:
+        named = db.row(f"SELECT chain_id FROM ({_NAMED}) WHERE snapshot = ?", row.id)
+        known = str(named[0]) if named else None
+    return known
 
 
 def labelled(db: Database, chain_id: str) -> list[Snapshot]:
     """The committed snapshots that containerd knows by that chain ID."""
-    rows = db.rows("SELECT snapshot FROM label WHERE name = ? AND value = ?", _TARGET_LABEL, chain_id)
+    rows = db.rows(f"SELECT snapshot FROM ({_NAMED}) WHERE chain_id = ?", chain_id)
     found = [snapshots.by_id(db, SnapshotId(row[0])) for row in rows]
     return [one for one in found if one.layer is not None]
 

@@ -524,20 +524,29 @@ def sealed_layers(db: Database) -> list[SnapshotId]:
     return [SnapshotId(row[0]) for row in rows]
 
 
-def sealed_with(db: Database, label: str) -> list[SnapshotId]:
-    """As `sealed_layers`, of snapshots that have the label."""
-    users = "SELECT layer FROM snapshot JOIN label ON label.snapshot = snapshot.id WHERE label.name = ?"
+CHAIN_ID_SIZE = len("sha256:") + 64
+HAS_CHAIN_ID_FOR_KEY = f"kind = 'committed' AND substr(key, -{CHAIN_ID_SIZE}, 7) = 'sha256:'"
+"""What holds for snapshots whose keys are chain IDs, perhaps with a prefix of containerd's."""
+
+_OF_IMAGES = f"SELECT snapshot FROM label WHERE name = ?1 UNION SELECT id FROM snapshot WHERE {HAS_CHAIN_ID_FOR_KEY}"
+
+
+def sealed_of_images(db: Database, label: str) -> list[SnapshotId]:
+    """As `sealed_layers`, of snapshots that are an image's: with the label, or a key that ends in a chain ID.
+
+    (containerd 1.6's own client unpacks without a label.)
+    """
+    users = f"SELECT layer FROM snapshot WHERE id IN ({_OF_IMAGES})"
     rows = db.rows(f"SELECT id FROM layer WHERE sealed AND id IN ({users}) ORDER BY id", label)
     return [SnapshotId(row[0]) for row in rows]
 
 
 def tops(db: Database, label: str) -> list[Snapshot]:
-    """The committed snapshots with the label on which there is no other one with it."""
-    labelled = "SELECT snapshot FROM label WHERE name = ?1"
+    """The committed snapshots of images, as above, on which there is no other one."""
     rows = db.rows(
-        f"SELECT {_COLUMNS} FROM snapshot WHERE kind = 'committed' AND state = 'ready' AND id IN ({labelled}) "
+        f"SELECT {_COLUMNS} FROM snapshot WHERE kind = 'committed' AND state = 'ready' AND id IN ({_OF_IMAGES}) "
         "AND NOT EXISTS (SELECT 1 FROM snapshot AS child WHERE child.parent = snapshot.id "
-        f"AND child.id IN ({labelled}) AND child.kind = 'committed')",
+        f"AND child.id IN ({_OF_IMAGES}) AND child.kind = 'committed')",
         label,
     )
     return [_snapshot(row) for row in rows]

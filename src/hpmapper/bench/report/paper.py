@@ -12,7 +12,7 @@ from hpmapper.bench.report.shown import Grid
 from hpmapper.bench.results import Measurement, Results
 
 OURS = "hpmapper"
-AGAINST = ("devicemapper", "overlay-ext4", "overlay-xfs", "containerd-overlayfs")
+AGAINST = ("devicemapper", "docker-devicemapper", "overlay-ext4", "overlay-xfs", "containerd-overlayfs")
 
 REMARK = (
     "The paper names no baseline; its three problems are those of block-based drivers. Each cell compares two sides of "
