@@ -65,7 +65,7 @@ def subject_of(registered: Registered, directory: Path) -> Iterator[Subject]:
         place = stack.enter_context(in_memory(PoolFs.XFS, directory))
         options = [*OPTIONS.get(registered.name, []), "min_free_space=0"]
         if registered.name == "zfs":
-            options.append(f"zfs.fsname={stack.enter_context(zpools.dataset(place))}")
+            options.append(f"zfs.fsname={stack.enter_context(zpools.dataset(directory.parent))}")
         config = Config(root=place / "root", driver=registered.name).with_options(options)
         verdict = registry.probe(registered, place, config.pool(registered))
         if not verdict.works:

@@ -29,7 +29,10 @@ def pool_on(device: Path) -> Iterator[str]:
 
 @contextmanager
 def dataset(directory: Path, size: int = 2 * GIB) -> Iterator[str]:
-    """An empty dataset in a pool of its own, in a sparse file."""
+    """An empty dataset in a pool of its own, in a sparse file.
+
+    `directory`: as the kernel's own threads see it, which open the file. They know no private mounts.
+    """
     file = directory / "zpool"
     file.touch()
     os.truncate(file, size)

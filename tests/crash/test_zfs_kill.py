@@ -71,6 +71,7 @@ def test_killed_while_a_root_is_made_or_removed(place: Place) -> None:
 
 def test_the_machine_stops_without_warning(place: Place) -> None:
     """The pool is imported as its device was at that moment: what was reported is there, the rest leaves nothing."""
+    _learn(place)
     pool = place.config.options[FSNAME].partition("/")[0]
     status, states = place.run("image.recorded:2")
     assert status == _KILLED

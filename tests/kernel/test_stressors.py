@@ -128,8 +128,8 @@ def bare_file_system(kind: str, directory: Path) -> Iterator[Path]:
         with drivers.in_memory(PoolFs(kind), directory) as place:
             yield place
         return
-    with drivers.in_memory(PoolFs.XFS, directory) as place, zpools.dataset(place) as name:
-        target = place / "bare"
+    with zpools.dataset(directory) as name:
+        target = directory / "bare"
         run_tool(["zfs", "create", "-o", f"mountpoint={target}", f"{name}/bare"])
         yield target
 
