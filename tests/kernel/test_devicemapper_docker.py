@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hpmapper.bench.docker20 import Docker, archive
+from hpmapper.bench.dockerd import Docker, archive
 from hpmapper.config import Config
 from hpmapper.containers import Containers
 from hpmapper.image.opening import SourceOptions

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpmapper.bench.docker20 import Docker, archive
+from hpmapper.bench.dockerd import Docker, archive
 from hpmapper.config import Config
 from hpmapper.containers import Containers
 from hpmapper.errors import FailedPrecondition

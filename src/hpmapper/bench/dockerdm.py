@@ -25,7 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from hpmapper.bench.docker20 import Docker, archive
+from hpmapper.bench.dockerd import Docker, archive
 from hpmapper.config import Config
 from hpmapper.containers import Containers
 from hpmapper.image.opening import SourceOptions

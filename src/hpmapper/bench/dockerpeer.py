@@ -1,6 +1,8 @@
-"""Docker 20.10 with its devicemapper driver as a side of the benchmark: what the paper's ideas were measured against.
+"""Docker as a side of the benchmark: today's with overlay2, and 20.10 with the devicemapper driver that HP-Mapper's
+problems are those of.
 
-It runs out of a tree of Debian 12, which a guest with device mapper has on a disk (`tests.vm.docker`).
+The former runs out of a tree of Debian 13, which is made on first use; the latter out of one of Debian 12, which a
+guest with device mapper has on a disk (`tests.vm.docker`).
 """
 
 from __future__ import annotations
@@ -10,26 +12,36 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hpmapper.bench import gobuild
-from hpmapper.bench.docker20 import Docker, archive
+from hpmapper.bench.dockerd import Docker, archive
 from hpmapper.bench.ground import Ground
 from hpmapper.bench.harness import Cost, NotHere, Side
-from hpmapper.bench.images import layer_blobs
+from hpmapper.bench.images import debootstrap, layer_blobs
 from hpmapper.layer.stream import LayerStream
 
-NAME = "docker-devicemapper"
+OVERLAY2, DEVICEMAPPER = "docker-overlay2", "docker-devicemapper"
 
+_PACKAGES = ("docker.io", "containerd", "runc", "ca-certificates")
 _DATA = "/srv/docker"
 
 
-def why_not() -> str:
-    """Why it cannot run here; empty if it can."""
-    if (_tree() / "usr/sbin/dockerd").exists():
+def has_overlay2_tree() -> bool:
+    """Whether the tree that today's Docker runs from has been made."""
+    return _dockerd(OVERLAY2).exists()
+
+
+def why_no_devicemapper() -> str:
+    """Why Docker's devicemapper cannot run here; empty if it can."""
+    if _dockerd(DEVICEMAPPER).exists():
         return ""
     return "Docker 25 and later have no devicemapper driver; a guest has 20.10: see docs/benchmarks.md"
 
 
-def _tree() -> Path:
-    return gobuild.cache() / "trees" / "docker20"
+def _tree(name: str) -> Path:
+    return gobuild.cache() / "trees" / {OVERLAY2: "docker", DEVICEMAPPER: "docker20"}[name]
+
+
+def _dockerd(name: str) -> Path:
+    return _tree(name) / "usr/sbin/dockerd"
 
 
 class DockerSide:
@@ -37,8 +49,8 @@ class DockerSide:
 
     kind = "peer"
 
-    def __init__(self, docker: Docker, home: Path, about: str) -> None:
-        self.name = NAME
+    def __init__(self, name: str, docker: Docker, home: Path, about: str) -> None:
+        self.name = name
         self.home = home
         self.about = about
         self._docker = docker
@@ -82,8 +94,28 @@ def _tar(blob: Path) -> bytes:
 
 
 @contextmanager
-def opened(ground: Ground) -> Iterator[Side]:
-    """The side at work, with loop-lvm on the same file system as ours."""
-    with ground.file_system("xfs", NAME) as home, Docker(_tree(), data=_DATA, home=home) as docker:
+def overlay2(ground: Ground) -> Iterator[Side]:
+    """Debian 13's Docker at work, on the file system that Docker recommends."""
+    tree = _tree(OVERLAY2)
+    if not has_overlay2_tree():
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        debootstrap(tree, "trixie", _PACKAGES)
+    with _opened(ground, OVERLAY2, "ext4", "overlay2") as side:
+        yield side
+
+
+@contextmanager
+def devicemapper(ground: Ground) -> Iterator[Side]:
+    """Docker 20.10 at work, with loop-lvm on the same file system as ours."""
+    with _opened(ground, DEVICEMAPPER, "xfs", "devicemapper") as side:
+        yield side
+
+
+@contextmanager
+def _opened(ground: Ground, name: str, file_system: str, driver: str) -> Iterator[Side]:
+    with (
+        ground.file_system(file_system, name) as home,
+        Docker(_tree(name), driver=driver, data=_DATA, home=home) as docker,
+    ):
         version = docker.ask("GET", "/version")["Version"]
-        yield DockerSide(docker, home, f"Docker {version}, devicemapper driver, on xfs")
+        yield DockerSide(name, docker, home, f"Docker {version}, {driver} driver, on {file_system}")

@@ -2,7 +2,7 @@
 
 containerd runs out of a tree of Debian sid, whose containerd has the erofs snapshotter; each side has one of its own,
 with root, state and socket on the side's file system. The tree is seen through an overlay, so that it stays as it is.
-Docker's overlay2, composefs and stargz-snapshotter are listed with the reason why they are not measured.
+Docker is in `dockerpeer`; composefs and stargz-snapshotter are listed with the reason why they are not measured.
 """
 
 from __future__ import annotations
@@ -399,8 +399,10 @@ def _why_no_containerd() -> str:
     return _needs("mmdebstrap", remark="it builds the Debian tree that containerd runs from")()
 
 
-def _nothing(why: str) -> Callable[[], str]:
-    return lambda: why
+def _why_no_docker() -> str:
+    if dockerpeer.has_overlay2_tree():
+        return ""
+    return _needs("mmdebstrap", remark="it builds the Debian tree that Docker runs from")()
 
 
 def _never(ground: Ground) -> NoReturn:
@@ -431,12 +433,8 @@ PEERS = (
         _needs("fuse-overlayfs", "containers-storage", "skopeo"),
         partial(_storage, name="fuse-overlayfs", options=_FUSE),
     ),
-    Peer(
-        "docker-overlay2",
-        _nothing("its roots are mounted only while containers run; overlay-ext4 and containers-storage mount the same"),
-        _never,
-    ),
-    Peer(dockerpeer.NAME, dockerpeer.why_not, dockerpeer.opened),
+    Peer(dockerpeer.OVERLAY2, _why_no_docker, dockerpeer.overlay2),
+    Peer(dockerpeer.DEVICEMAPPER, dockerpeer.why_no_devicemapper, dockerpeer.devicemapper),
     Peer("composefs", _needs("mkcomposefs", "mount.composefs"), _never),
     Peer("stargz", _needs("containerd-stargz-grpc"), _never),
 )

@@ -1,4 +1,4 @@
-"""Docker 20.10 as it was, with its devicemapper driver: started in a root file system of its own, asked over its API.
+"""Docker, started in a root file system of its own and asked over its API: today's, or 20.10 with devicemapper.
 
 Docker 25 no longer has the driver, and distributions compiled it out before that; Debian 12's package still has it. Its
 root file system is made by `tests.vm.docker` and entered with chroot; libdevmapper is told that no udev runs.
@@ -25,6 +25,7 @@ from hpmapper.image import oci
 _SECONDS = 180
 _SETUP = """
 set -e
+mount --bind "$1" "$1"
 mount --rbind /dev "$1/dev"
 mount --rbind /proc "$1/proc"
 mount --rbind /sys "$1/sys"
@@ -34,6 +35,10 @@ root=$1
 shift 2
 exec chroot "$root" /usr/sbin/dockerd "$@"
 """
+
+
+_MOUNTS = {"devicemapper": ("mnt/{}", "/rootfs"), "overlay2": ("{}/merged", "")}
+"""By driver: where it mounts what has a number, and where in that the root file system is."""
 
 
 class Failed(Exception):
@@ -65,7 +70,7 @@ class Docker:
         self._log = root / "docker.log"
         words = ["--storage-driver", driver, "--data-root", data, "--host", "unix:///docker.sock"]
         # Without udev there is nothing to wait for; Docker wants to be told.
-        given = [*options, "dm.override_udev_sync_check=true"]
+        given = [*options, *(["dm.override_udev_sync_check=true"] if driver == "devicemapper" else [])]
         words += [word for option in given for word in ("--storage-opt", option)]
         words += ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false", "--experimental"]
         places = [str(root), str(home or "")]
@@ -149,14 +154,15 @@ class Docker:
             Failed: it is so small that the export ends by itself.
         """
         number = (self._root_seen(f"{self._data}/image/{self._driver}/layerdb/mounts/{container}/mount-id")).read_text()
-        inside = f"{self._data}/{self._driver}/mnt/{number}"
+        place, root = _MOUNTS[self._driver]
+        inside = f"{self._data}/{self._driver}/{place.format(number)}"
         connection = _Connection(self._root / "docker.sock")
         try:
             connection.request("GET", f"/v1.41/containers/{container}/export")
             answer = connection.getresponse()
             if not self._is_mounted(inside):
                 raise Failed(f"the root of {container} does not stay mounted: {answer.status}")
-            yield self._root_seen(f"{inside}/rootfs")
+            yield self._root_seen(inside + root)
         finally:
             connection.sock.close()  # the answer holds on to the connection otherwise
             connection.close()
