@@ -380,6 +380,14 @@ def test_a_socket_has_one_server(docker: Docker, behind: Behind, tmp_path: Path)
         serving(behind.engine, behind.caretaker, tmp_path / ("x" * 120)),
     ):
         pass
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    with (
+        pytest.raises(FailedPrecondition, match="is not a socket"),
+        serving(behind.engine, behind.caretaker, precious),
+    ):
+        pass
+    assert precious.read_text() == "precious"
     stale = tmp_path / "stale.sock"
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(os.fspath(stale))
