@@ -83,7 +83,7 @@ class AufsDriver(directory.DirectoryLayers, UpperDriver):
         progress: Progress | None,
         is_object: IsObject,
     ) -> Ingested:
-        (work / "layer" / "diff").mkdir(parents=True)
+        (work / directory.CONTENTS).mkdir(parents=True)
         with self._below(below) as merged:
             return directory.unpack(blob, merged, work, self._layer(layer), directory.Dialect.AUFS, expect, progress)
 
