@@ -6,12 +6,10 @@ root file system is made by `tests.vm.docker` and entered with chroot; libdevmap
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import tarfile
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hpmapper.image import oci
+from hpmapper.testing.unixhttp import UnixConnection
 
 _SECONDS = 180
 _SETUP = """
@@ -107,7 +106,7 @@ class Docker:
 
     def call(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
         """One request; returns the answer's body. Failed: it was refused. OSError: nobody is there."""
-        connection = _Connection(self._root / "docker.sock")
+        connection = UnixConnection(self._root / "docker.sock", _SECONDS * 10)
         try:
             connection.request(method, f"/v1.41{path}", body, {"Content-Type": kind} if body is not None else {})
             answer = connection.getresponse()
@@ -150,7 +149,7 @@ class Docker:
         """
         number = (self._root_seen(f"{self._data}/image/{self._driver}/layerdb/mounts/{container}/mount-id")).read_text()
         inside = f"{self._data}/{self._driver}/mnt/{number}"
-        connection = _Connection(self._root / "docker.sock")
+        connection = UnixConnection(self._root / "docker.sock", _SECONDS * 10)
         try:
             connection.request("GET", f"/v1.41/containers/{container}/export")
             answer = connection.getresponse()
@@ -173,21 +172,6 @@ class Docker:
     def remove(self, container: str) -> None:
         """Remove a container."""
         self.call("DELETE", f"/containers/{container}?force=1")
-
-
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_SECONDS * 10)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        try:
-            self.sock.connect(str(self._path))
-        except BaseException:
-            self.sock.close()
-            raise
 
 
 def archive(name: str, layers: Sequence[bytes]) -> bytes:
