@@ -39,7 +39,7 @@ from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import Record, Role
 from hpmapper.drivers.directory import CONTENTS, LAYER
 from hpmapper.drivers.upper import numbers, unmount_path
-from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound, Unsupported
+from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound
 from hpmapper.kernel import fiemap, fs, lock, mount, sync
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.compare import compare
@@ -232,8 +232,6 @@ class DeviceMapperDriver(directory.DirectoryLayers):
     def handout(
         self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
     ) -> MountSpec:
-        if ids is not None:
-            raise Unsupported("the devicemapper driver does not map ids", hint="the overlay driver does")
         return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:

@@ -315,8 +315,6 @@ class ZfsDriver(directory.DirectoryLayers):
     def handout(
         self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
     ) -> MountSpec:
-        if ids is not None:
-            raise Unsupported("the zfs driver does not map ids", hint="the overlay driver does")
         return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
