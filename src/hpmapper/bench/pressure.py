@@ -126,9 +126,7 @@ def _idle_copies(one: Place, run: str, seconds: float, samples: Samples, *, mana
     rows = [one.engine.prepare(f"copies-{run}-{number}", top) for number in range(11)]
     roots = [one.engine.mount(row) for row in rows]
     for root in roots[:9]:  # eight will be idle, the ninth works on a copy of its own
-        with (root / "data").open("r+b", buffering=0) as file:
-            os.pwrite(file.fileno(), b"own" * 1000, 0)
-            os.fsync(file.fileno())
+        _write_a_block(root / "data")
     drop_caches()
     name = f"idle copies, {one.name}{' and manager' if managed else ''}"
     manager = CacheManager(one.engine.db, one.engine.driver, Settings(dedupe_every=0, round_bytes=1 << 30))
