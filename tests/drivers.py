@@ -67,9 +67,10 @@ def subject_of(registered: Registered, directory: Path) -> Iterator[Subject]:
         if registered.name == "zfs":
             options.append(f"zfs.fsname={stack.enter_context(zpools.dataset(directory.parent))}")
         config = Config(root=place / "root", driver=registered.name).with_options(options)
-        verdict = registry.probe(registered, place, config.pool(registered))
-        if not verdict.works:
-            pytest.skip(f"the {registered.name} driver does not work here: {verdict.why}")
+        if registered.name not in GUEST:  # a guest has what they need: there it is a failure if they do not work
+            verdict = registry.probe(registered, place, config.pool(registered))
+            if not verdict.works:
+                pytest.skip(f"the {registered.name} driver does not work here: {verdict.why}")
         with open_root(config) as opened:
             yield Subject(opened.engine, place)
             opened.engine.detach()

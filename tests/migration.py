@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hpmapper.meta import snapshots
 from hpmapper.migrate.move import Migration, Moved
 from hpmapper.migrate.roots import remove_source, source_of, target_of
 from hpmapper.model import Kind
-from hpmapper.root import Opened, open_root
+from hpmapper.root import DATABASE, Opened, open_root, remove_root
 from hpmapper.testing import trees
 from tests import scenario
 
@@ -50,6 +51,17 @@ def config(directory: Path, driver: str, name: str) -> Config:
     """A root for tests."""
     size = "1G" if driver == "btrfs" else "400M"
     return Config(root=directory / name, driver=driver).with_options([f"pool.size={size}", "min_free_space=0"])
+
+
+@contextmanager
+def removed(*configs: Config) -> Iterator[None]:
+    """At the end these roots are removed, as far as they are there."""
+    try:
+        yield
+    finally:
+        for config in configs:
+            if (config.root / DATABASE).exists():
+                remove_root(config, force=True)
 
 
 def stock(config: Config, directory: Path) -> None:
@@ -130,6 +142,20 @@ def picture(config: Config, *, times: bool = True) -> dict[str, Any]:
             "blobs": set(snapshots.blobs(opened.engine.db)),
             "tags": {name: row.id for row in image_rows.images(opened.engine.db) for name in row.names},
         }
+
+
+def assert_shows(expected: dict[str, Any], target: Config, *, by_times: bool = True) -> None:
+    """Fail unless a root has what the picture of its source shows.
+
+    `by_times`: one of the two drivers tells changes by their times, and does not see `UNSEEN`.
+    """
+    found = picture(target)
+    assert found.pop("blobs") >= expected["blobs"], "reading the tars has added to what is known"
+    if by_times:
+        for one in (found, expected):
+            one["changes"]["changed"] = [at for at in one["changes"]["changed"] if at.path != UNSEEN]
+    for what, value in found.items():
+        assert value == expected[what], what
 
 
 def _snapshots(opened: Opened, times: bool) -> list[tuple[str, tuple[object, ...]]]:

@@ -29,9 +29,10 @@ from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
 from hpmapper.containerd.content import ContentStore
 from hpmapper.daemon import methods
 from hpmapper.engine import Engine
-from hpmapper.forest import TARGET_LABEL, Forest
+from hpmapper.forest import Forest
 from hpmapper.kernel import mount
 from hpmapper.kernel.mountinfo import mounts_below
+from hpmapper.labels import TARGET_LABEL
 from hpmapper.meta import snapshots
 from hpmapper.model import Kind
 from hpmapper.root import open_root

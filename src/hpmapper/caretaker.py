@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition, HpmapperError, NotFound
-from hpmapper.forest import TARGET_LABEL
+from hpmapper.labels import TARGET_LABEL
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Snapshot
 from hpmapper.model import SnapshotId

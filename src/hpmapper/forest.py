@@ -17,7 +17,7 @@ transaction here and no heavy work (design trap 5).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -34,7 +34,8 @@ from hpmapper.errors import (
     NotFound,
     Unsupported,
 )
-from hpmapper.kernel.idmap import IdMapping, IdRange
+from hpmapper.kernel.idmap import IdMapping
+from hpmapper.labels import TARGET_LABEL, Labels, check_labels, id_mapping, size_limit
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Layer, Snapshot, Transaction
@@ -43,27 +44,10 @@ from hpmapper.model import Kind, SnapshotId, Usage
 MAX_KEY = 32768
 """Bytes of a key, as in containerd's own database (bbolt)."""
 
-MAX_LABEL = 4096
-"""Bytes of a label's name and value together, as in containerd (pkg/labels/validate.go)."""
-
-TARGET_LABEL = "containerd.io/snapshot.ref"
-"""The chain ID of the layer for which containerd prepares a snapshot."""
-
-UID_LABEL, GID_LABEL = "containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"
-"""Which ids of a user namespace appear as which on the host."""
-
-DIFF_ID_LABEL = "containerd.io/snapshot/diff-id"
-"""Its DiffID (containerd 2.3)."""
-
-MAX_SIZE_LABEL = "containerd.io/snapshot/max-size"
-"""How many bytes an active snapshot may keep, as a decimal number (containerd 2.4, its pull request 13520)."""
-
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 HIDDEN = "applied:"
 """How the keys begin of committed snapshots that hold an applied layer below what was written on top of it."""
-
-Labels = Mapping[str, str]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -173,7 +157,7 @@ class Forest:
         labels = snapshots.labels(self._db, snapshot.id)
         if TARGET_LABEL not in labels:
             self.begins(snapshot)
-        return self.engine.handout(snapshot, ids=_id_mapping(labels))
+        return self.engine.handout(snapshot, ids=id_mapping(labels))
 
     def begins(self, snapshot: Snapshot, *, mounted: bool = True) -> None:
         """A container may be about to start on a snapshot: it was made, or (`mounted`) its root is asked for."""
@@ -198,8 +182,8 @@ class Forest:
             NoSpace: the pool is too full.
         """
         inner = self._checked(key)
-        _check_labels(labels)
-        _id_mapping(labels)  # malformed: refused before anything is recorded
+        check_labels(labels)
+        id_mapping(labels)  # malformed: refused before anything is recorded
         below = self.get(parent) if parent else None
         if kind is Kind.ACTIVE and TARGET_LABEL in labels and self._bring_known(key, below, labels):
             raise AlreadyExists(f"snapshot {labels[TARGET_LABEL]!r} is here already")
@@ -207,7 +191,8 @@ class Forest:
         def label(transaction: Transaction, snapshot: SnapshotId) -> None:
             snapshots.add_labels(transaction, snapshot, labels)
 
-        recorded = self.engine.record(inner, below, kind, label, size=size or _size_limit(labels, kind))
+        limit = size or (size_limit(labels) if kind is Kind.ACTIVE else None)
+        recorded = self.engine.record(inner, below, kind, label, size=limit)
         if TARGET_LABEL not in labels:
             self._db.afterwards(lambda: self.begins(recorded.snapshot, mounted=False))
         elif watcher := self._watcher:
@@ -226,7 +211,7 @@ class Forest:
 
     def _ids(self, snapshot: Snapshot) -> IdMapping | None:
         """What the labels say of the owners that a snapshot is to show."""
-        return _id_mapping(snapshots.labels(self._db, snapshot.id))
+        return id_mapping(snapshots.labels(self._db, snapshot.id))
 
     def update(self, key: str, change: Callable[[Labels], Labels]) -> Info:
         """Let `change` make new labels of a snapshot's labels."""
@@ -235,7 +220,7 @@ class Forest:
             if found is None:
                 raise NotFound(f"snapshot {key!r} does not exist")
             new = change(snapshots.labels(transaction, found.id))
-            _check_labels(new)
+            check_labels(new)
             snapshots.set_labels(transaction, found.id, new)
             snapshots.touch(transaction, found.id)
         return self.stat(key)
@@ -252,7 +237,7 @@ class Forest:
             FailedPrecondition: it is not active. InvalidArgument: it has another parent; a name or label is malformed.
         """
         inner = self._checked(name)
-        _check_labels(labels)
+        check_labels(labels)
         active = snapshots.find(self._db, self._inner(key))
         if active is None or active.kind is not Kind.ACTIVE:
             raise self._not_committable(name, key, active)
@@ -570,46 +555,5 @@ class Forest:
         return ""
 
 
-def _id_mapping(labels: Labels) -> IdMapping | None:
-    """The mapping that the labels of a snapshot for a user namespace ask for: "inside:outside:length[,…]" each.
-
-    Raises:
-        InvalidArgument: malformed, or for users without groups.
-    """
-    texts = [labels.get(name) for name in (UID_LABEL, GID_LABEL)]
-    if texts == [None, None]:
-        return None
-    uids, gids = (_id_ranges(text or "") for text in texts)
-    return IdMapping(uids, gids)
-
-
-def _id_ranges(text: str) -> list[IdRange]:
-    try:
-        ranges = [IdRange(*map(int, one.split(":"))) for one in text.split(",")]
-        if all(0 <= number < 1 << 32 for one in ranges for number in one) and all(one.length for one in ranges):
-            return ranges
-    except (ValueError, TypeError):
-        pass
-    raise InvalidArgument(f"{text[:100]!r} is no mapping of ids", hint='"inside:outside:length", separated by commas')
-
-
 def _sealed_layer(snapshot: SnapshotId) -> Layer:
     return Layer(snapshot, "", bound=True, digest=None, tar_size=0, size=-1, inodes=0, damaged=False, sealed=True)
-
-
-def _size_limit(labels: Labels, kind: Kind) -> int | None:
-    text = labels.get(MAX_SIZE_LABEL)
-    if text is None or kind is not Kind.ACTIVE:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise InvalidArgument(f"label {MAX_SIZE_LABEL} is {text[:64]!r}", hint="a number of bytes")
-    return int(text)
-
-
-def _check_labels(labels: Labels) -> None:
-    for name, value in labels.items():
-        size = len(name.encode()) + len(value.encode())
-        if size > MAX_LABEL:
-            raise InvalidArgument(
-                f"label {name[:64]!r} has {size} bytes with its value", hint=f"at most {MAX_LABEL} are allowed"
-            )

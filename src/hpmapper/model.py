@@ -87,7 +87,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """A file system's bytes: total, and free for root."""
+    """A file system's bytes: total, and free without what it reserves for root."""
 
     total: int
     free: int

@@ -10,60 +10,59 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import BinaryIO, Self, cast
 
+_BUFFER = 1 << 20
+_PIPE = 64 << 10
+"""Bytes that a pipe holds (pipe(7))."""
 
-class _Reader(io.RawIOBase):
-    """The reading end. The end of the stream is told only after the writer is known to have succeeded."""
 
-    def __init__(self, fd: int, outcome: Callable[[], None]) -> None:
-        self._raw = os.fdopen(fd, "rb", buffering=0)
-        self._outcome = outcome
+def stream_of(write: Callable[[BinaryIO], None]) -> BinaryIO:
+    """A stream of what `write` writes, in a thread, while it is read.
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = self._raw.readinto(buffer)
-        if not count:
-            self._outcome()
-        return count or 0
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+    An error of the writer is raised by the reader's next read; a reader that closes the stream early ends the writer.
+    """
+    return cast(BinaryIO, io.BufferedReader(_Reader(write), _BUFFER))
 
 
 @contextmanager
 def piped(write: Callable[[BinaryIO], None]) -> Iterator[BinaryIO]:
-    """Run `write` in a thread and yield what it writes.
+    """As `stream_of`; the writer has ended when the block has."""
+    with stream_of(write) as stream:
+        yield stream
 
-    An error of the writer is raised by the reader's next read; a reader that stops early ends the writer.
-    """
-    read_fd, write_fd = os.pipe()
-    failures: list[BaseException] = []
 
-    def run() -> None:
+class _Reader(io.RawIOBase):
+    """The reading end. The end of the stream is told only after the writer is known to have succeeded."""
+
+    def __init__(self, write: Callable[[BinaryIO], None]) -> None:
+        super().__init__()
+        self._failure: BaseException | None = None
+        self._fd, out = os.pipe()
+        self._thread = threading.Thread(target=self._run, args=(write, out), name="pipe-writer", daemon=True)
+        self._thread.start()
+
+    def _run(self, write: Callable[[BinaryIO], None], fd: int) -> None:
         try:
-            with os.fdopen(write_fd, "wb") as out:
+            with os.fdopen(fd, "wb", _PIPE) as out:
                 write(out)
-        except BrokenPipeError:
-            pass  # the reader has had enough
-        except BaseException as error:  # handed to the reader
-            failures.append(error)
+        except BaseException as error:  # for the reader, if there is one still
+            self._failure = error
 
-    thread = threading.Thread(target=run, name="pipe-writer")
+    def readable(self) -> bool:
+        return True
 
-    def outcome() -> None:
-        thread.join()
-        if failures:
-            raise failures[0]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # Buffer is 3.12's
+        count = os.readv(self._fd, [buffer])
+        if not count:
+            self._thread.join()
+            if self._failure is not None:
+                raise self._failure
+        return count
 
-    thread.start()
-    reader = _Reader(read_fd, outcome)
-    try:
-        yield cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
-    finally:
-        reader.close()
-        thread.join()
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._fd)  # a writer that is not done gets EPIPE and ends
+            self._thread.join()
+        super().close()
 
 
 class Flag:

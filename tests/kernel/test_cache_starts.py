@@ -17,9 +17,10 @@ from hpmapper.cache.profile import Profile, decode
 from hpmapper.cache.start import StartSettings
 from hpmapper.docker.layers import Layers
 from hpmapper.engine import chain_id
-from hpmapper.forest import TARGET_LABEL, Forest
+from hpmapper.forest import Forest
 from hpmapper.kernel.mincore import Run
 from hpmapper.kernel.sync import syncfs
+from hpmapper.labels import TARGET_LABEL
 from hpmapper.meta import profiles, snapshots
 from hpmapper.model import ObjectDigest, SnapshotId
 from hpmapper.testing.tars import member, tar

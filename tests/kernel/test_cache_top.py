@@ -27,8 +27,9 @@ from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.metrics.collect import registry
 from hpmapper.rpc.calls import Calls
+from hpmapper.testing.unixhttp import UnixConnection
 from tests.cacheroot import MIB, CacheRoot, cache_root
-from tests.unit.test_metrics import _OverUnix, asked
+from tests.unit.test_metrics import asked
 
 pytestmark = pytest.mark.kernel
 
@@ -200,7 +201,7 @@ def test_a_daemon_tells_its_metrics(private_mounts: None, tmp_path: Path) -> Non
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            text = asked(_OverUnix(tmp_path / "m.sock"))
+            text = asked(UnixConnection(tmp_path / "m.sock"))
         finally:
             process.terminate()
             assert process.wait(60) == 0

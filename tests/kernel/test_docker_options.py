@@ -19,10 +19,11 @@ from hpmapper.drivers.upper import disk_usage
 from hpmapper.drivers.vfs import VfsDriver
 from hpmapper.engine import Engine
 from hpmapper.errors import InvalidArgument, Unsupported
-from hpmapper.forest import MAX_SIZE_LABEL, TARGET_LABEL, Forest
+from hpmapper.forest import Forest
 from hpmapper.image.opening import SourceOptions
 from hpmapper.images import Images
 from hpmapper.kernel import loop, mount, probe, qgroup
+from hpmapper.labels import MAX_SIZE_LABEL, TARGET_LABEL
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database

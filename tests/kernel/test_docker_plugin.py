@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import os
@@ -23,25 +22,13 @@ from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.kernel.mountinfo import is_mountpoint
 from hpmapper.root import open_root
 from hpmapper.testing.tars import folder, member, tar
+from hpmapper.testing.unixhttp import UnixConnection
 
 pytestmark = pytest.mark.kernel
 
 BIG = bytes(range(256)) * 800
 BASE = tar(folder(b"etc/"), member(b"etc/small", b"small"), member(b"big", BIG), member(b"gone", b"x" * 3000))
 UPPER = tar(member(b"etc/new", b"new"), member(b".wh.gone"))
-
-
-class _Connection(http.client.HTTPConnection):
-    """As Go's client has it: a unix socket, and a Host header that means nothing."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=60)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(60)
-        self.sock.connect(os.fspath(self._path))
 
 
 class Docker:
@@ -51,7 +38,7 @@ class Docker:
         self.path = path
 
     def raw(self, path: str, body: Any = None, method: str = "POST") -> tuple[int, bytes]:
-        connection = _Connection(self.path)
+        connection = UnixConnection(self.path)
         try:
             connection.request(
                 method,
@@ -345,7 +332,7 @@ def test_too_much_json_is_refused(docker: Docker) -> None:
 
 
 def test_connections_are_kept_and_ended_in_order(docker: Docker) -> None:
-    connection = _Connection(docker.path)
+    connection = UnixConnection(docker.path)
     for _ in range(3):
         connection.request("POST", "/GraphDriver.Status", b"{}\n")
         assert connection.getresponse().read()
@@ -380,6 +367,14 @@ def test_a_socket_has_one_server(docker: Docker, behind: Behind, tmp_path: Path)
         serving(behind.engine, behind.caretaker, tmp_path / ("x" * 120)),
     ):
         pass
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    with (
+        pytest.raises(FailedPrecondition, match="is not a socket"),
+        serving(behind.engine, behind.caretaker, precious),
+    ):
+        pass
+    assert precious.read_text() == "precious"
     stale = tmp_path / "stale.sock"
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(os.fspath(stale))

@@ -11,8 +11,9 @@ import pytest
 from hpmapper.config import Config
 from hpmapper.engine import Engine
 from hpmapper.errors import InvalidArgument, Unsupported
-from hpmapper.forest import GID_LABEL, UID_LABEL, Forest
+from hpmapper.forest import Forest
 from hpmapper.kernel import mount
+from hpmapper.labels import GID_LABEL, UID_LABEL
 from hpmapper.layer.stream import Expected
 from hpmapper.root import open_root
 from hpmapper.testing import tars

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpmapper.kernel import idmap, loop, mount, probe
+from hpmapper.kernel import attempts, idmap, loop, mount, probe
 
 pytestmark = pytest.mark.kernel
 
@@ -46,7 +46,7 @@ def test_a_probe_that_fails_half_way_cleans_up(tmp_path: Path, monkeypatch: pyte
     def fails(scratch: Path) -> str:
         (scratch / "mounted").mkdir()
         mount.filesystem("tmpfs", "none", scratch / "mounted")
-        image = probe._erofs_image(scratch)
+        image = attempts.erofs_image(scratch)
         with loop.attached(image):
             raise OSError(5, "Input/output error")
 
@@ -57,7 +57,7 @@ def test_a_probe_that_fails_half_way_cleans_up(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_smallest_image_is_sound(tmp_path: Path) -> None:
-    subprocess.run(["fsck.erofs", probe._erofs_image(tmp_path)], check=True, capture_output=True)
+    subprocess.run(["fsck.erofs", attempts.erofs_image(tmp_path)], check=True, capture_output=True)
 
 
 def test_an_unprivileged_process_gets_answers_too(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from hpmapper.drivers import limits
 from hpmapper.drivers.overlay import OverlayDriver
 from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
-from hpmapper.forest import MAX_SIZE_LABEL, Forest
+from hpmapper.forest import Forest
 from hpmapper.kernel import btrfs, loop, mount, qgroup
+from hpmapper.labels import MAX_SIZE_LABEL
 from hpmapper.meta.db import Database
 from hpmapper.model import Kind, SnapshotId
 from hpmapper.pool.base import MIB

@@ -18,7 +18,7 @@ from hpmapper.errors import Corrupt
 from hpmapper.image import oci
 from hpmapper.migrate.docker import DockerDevicemapper
 from hpmapper.migrate.move import Migration, Moved
-from hpmapper.root import DATABASE, open_root, remove_root
+from hpmapper.root import open_root
 from hpmapper.testing import trees
 from tests import migration
 from tests.dockerdir import CHANGES, LAYERS, PlainDirectory, assert_moved, fill
@@ -38,9 +38,8 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> PlainDirectory:
 @pytest.fixture
 def target(tmp_path: Path) -> Iterator[Config]:
     config = migration.config(tmp_path, "overlay", "target")
-    yield config
-    if (config.root / DATABASE).exists():
-        remove_root(config, force=True)
+    with migration.removed(config):
+        yield config
 
 
 def _migrate(docker: PlainDirectory, target: Config) -> Moved:

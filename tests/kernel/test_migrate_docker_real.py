@@ -17,7 +17,7 @@ from hpmapper.errors import FailedPrecondition
 from hpmapper.images import Images
 from hpmapper.kernel import dm, mount
 from hpmapper.migrate.docker import DOCKER_DEVICEMAPPER
-from hpmapper.root import DATABASE, open_root, remove_root
+from hpmapper.root import open_root
 from tests import migration
 from tests.kernel.test_devicemapper_docker import NAME, OPTIONS, SCRIPT, _exported, _facts, _layers
 from tests.kernel.test_devicemapper_lvm import _disk
@@ -84,9 +84,8 @@ def _end_devices() -> None:
 @pytest.fixture
 def target(tmp_path: Path) -> Iterator[Config]:
     config = migration.config(tmp_path, "overlay", "target")
-    yield config
-    if (config.root / DATABASE).exists():
-        remove_root(config, force=True)
+    with migration.removed(config):
+        yield config
 
 
 def test_a_docker_that_runs_is_refused(written: Written) -> None:

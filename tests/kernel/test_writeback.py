@@ -11,9 +11,10 @@ import pytest
 
 from hpmapper.caretaker import Caretaker
 from hpmapper.config import Config
-from hpmapper.forest import TARGET_LABEL, Forest
+from hpmapper.forest import Forest
 from hpmapper.kernel import mount
 from hpmapper.kernel.cachestat import cachestat
+from hpmapper.labels import TARGET_LABEL
 from hpmapper.root import open_root
 
 pytestmark = [pytest.mark.kernel]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpmapper.config import Config
+from hpmapper.drivers.directory import CONTENTS
 from hpmapper.drivers.registry import by_name, probe
 from hpmapper.drivers.zfs import FSNAME, ZfsDriver, driver
 from hpmapper.drivers.zfs.diff import suspects
@@ -70,7 +71,7 @@ def _walked(made: ZfsDriver, snapshot: SnapshotId, below: str) -> bytes:
     """The diff as a comparison of both whole trees gives it."""
     top = made.root(snapshot)
     with mount.detached("zfs", below, attributes=1) as layer:
-        tree = compare(scan(os.fsencode(layer / driver.CONTENTS), overlay=False), scan(os.fsencode(top), overlay=False))
+        tree = compare(scan(os.fsencode(layer / CONTENTS), overlay=False), scan(os.fsencode(top), overlay=False))
     out = io.BytesIO()
     write_tar(tree, lambda path: (top / os.fsdecode(path)).open("rb"), out)
     return out.getvalue()
@@ -125,7 +126,7 @@ def test_a_file_that_zfs_diff_cannot_tell_is_in(made: ZfsDriver) -> None:
     with (root / "a/kept").open("ab") as file:
         file.write(b"2")
     with made._trees(ONE, (TOP, BASE)) as trees:
-        told = suspects(trees.origin, trees.dataset, trees.whole, trees.place, driver.CONTENTS.encode())
+        told = suspects(trees.origin, trees.dataset, trees.whole, trees.place, CONTENTS.encode())
     assert told is not None
     assert b"a/kept" not in told, "ZFS has learnt it: the mark of such layers can go"
     assert not _was_asked(made, ONE, TOP, BASE)

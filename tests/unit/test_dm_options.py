@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from hpmapper.drivers.devicemapper.options import NAMES, container_size, parse_words
+from hpmapper.drivers.devicemapper.options import NAMES, Options, parse
 from hpmapper.drivers.devicemapper.units import human_size, parse_size
 from hpmapper.errors import InvalidArgument
 
 _GIB = 1 << 30
+
+
+def parse_words(words: list[str]) -> Options:
+    """Of "dm.NAME=VALUE" words."""
+    return parse((name, value) for name, _, value in (word.partition("=") for word in words))
 
 
 def test_defaults() -> None:
@@ -67,7 +72,6 @@ def test_sizes_as_docker_prints_them(size: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["dm.basesize"], "unable to parse key/value option: dm.basesize"),
         (["dm.nonsense=1"], "devmapper: Unknown option dm.nonsense"),
         (["overlay2.size=1"], "devmapper: Unknown option overlay2.size"),
         (["dm.basesize=much"], "invalid size: 'much'"),
@@ -137,12 +141,3 @@ def test_what_depends_on_something_else() -> None:
     options = parse_words(["dm.directlvm_device=/dev/x", "dm.thinp_percent=90%", "dm.thinp_metapercent=2"])
     assert (options.directlvm.percent, options.directlvm.metapercent) == (90, 2)
     assert options.directlvm.autoextend_percent == 0, "what was left open is 0, as in setup-config.json"
-
-
-def test_a_containers_size() -> None:
-    assert container_size({}, 10 * _GIB) == 10 * _GIB
-    assert container_size({"size": "120G"}, 10 * _GIB) == 120 * _GIB
-    with pytest.raises(InvalidArgument, match=r"devmapper: Container size cannot be smaller than 10\.74GB"):
-        container_size({"size": "5G"}, 10 * _GIB)
-    with pytest.raises(InvalidArgument, match="Unknown option colour"):
-        container_size({"colour": "red"}, 10 * _GIB)

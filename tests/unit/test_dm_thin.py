@@ -9,7 +9,6 @@ from hpmapper.drivers.devicemapper.thin import (
     PoolTable,
     parse_pool_status,
     parse_pool_table,
-    parse_thin_status,
 )
 from hpmapper.errors import Corrupt, FailedPrecondition
 from hpmapper.kernel.dm import Target
@@ -63,11 +62,3 @@ def test_tables() -> None:
     for other in (Target(0, 8, "linear", "7:0 0"), Target(0, 8, "thin-pool", "")):
         with pytest.raises(FailedPrecondition, match="thin pool"):
             parse_pool_table(other)
-
-
-@pytest.mark.parametrize(
-    ("line", "mapped", "failed"),
-    [("256 511", 256, False), ("0 -", 0, False), ("-", 0, False), ("Fail", 0, True), ("Error", 0, True)],
-)  # fmt: skip
-def test_thin_devices(line: str, mapped: int, failed: bool) -> None:
-    assert parse_thin_status(line) == (mapped, failed)

@@ -15,7 +15,6 @@ from hpmapper.kernel.mountinfo import parse_mount, unescape
     ("computed", "known"),
     [
         (clone._FICLONE, 0x40049409),
-        (clone._FICLONERANGE, 0x4020940D),
         (clone._FIDEDUPERANGE, 0xC0189436),
         (fiemap._FIEMAP, 0xC020660B),
         (fs._FS_IOC_GETFLAGS, 0x80086601),

@@ -15,17 +15,7 @@ from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.metrics.collect import Collected, call_metrics
 from hpmapper.metrics.serve import serving
 from hpmapper.rpc.calls import BOUNDS, Calls
-
-
-class _OverUnix(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=30)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(30)
-        self.sock.connect(str(self._path))
+from hpmapper.testing.unixhttp import UnixConnection
 
 
 def asked(connection: http.client.HTTPConnection) -> str:
@@ -71,11 +61,11 @@ def test_metrics_on_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.sock"
     with serving(str(path), registry):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        calls.count("S/Stat", "OK", 0.1)
-        families = {one.name: one for one in text_string_to_metric_families(asked(_OverUnix(path)))}
-        assert families["hpmapper_call_seconds"].samples
         with pytest.raises(FailedPrecondition, match="serves"), serving(str(path), registry):
             pass
+        calls.count("S/Stat", "OK", 0.1)
+        families = {one.name: one for one in text_string_to_metric_families(asked(UnixConnection(path)))}
+        assert families["hpmapper_call_seconds"].samples
     assert not path.exists()
 
 
@@ -84,7 +74,7 @@ def test_the_socket_of_one_that_was_killed_is_taken(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     with serving(str(path), found()[0]):
-        assert "hpmapper_call_seconds" in asked(_OverUnix(path))
+        assert "hpmapper_call_seconds" in asked(UnixConnection(path))
     path.write_text("a file")
     with pytest.raises(FailedPrecondition, match="not a socket"), serving(str(path), found()[0]):
         pass

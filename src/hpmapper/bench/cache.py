@@ -18,11 +18,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hpmapper.bench.figures import MIB, Samples, table
+from hpmapper.bench.figures import MIB, Samples, table, take_in
 from hpmapper.bench.measure import drop_caches, read_all
 from hpmapper.bench.pressure import pressure, turns
 from hpmapper.bench.recording import record
-from hpmapper.bench.roots import PAGE, Place, on_xfs, place, read_all_of, take_in
+from hpmapper.bench.roots import PAGE, Place, on_xfs, place, read_all_of
 from hpmapper.bench.starts import coldstart, start_when_told, starts
 from hpmapper.cache import duplicates, inventory
 from hpmapper.cache.stat import cache_stat
@@ -49,7 +49,7 @@ def stat(options: argparse.Namespace) -> Samples:
 def take_many(one: Place, number: int) -> None:
     """An image of `number` files of 4 KiB."""
     files = {f"f{index}": PAGE for index in range(number)}
-    top = take_in(one, files)
+    top = take_in(one.engine, files)
     one.engine.prepare("reader", top)
 
 
@@ -66,7 +66,7 @@ def shared(options: argparse.Namespace) -> Samples:
 
 
 def _mixed(one: Place, containers: int, run: int, samples: Samples) -> None:
-    top = take_in(one, {"shared": 200 * MIB, "written": 100 * MIB}, f"mixed{run}")
+    top = take_in(one.engine, {"shared": 200 * MIB, "written": 100 * MIB}, f"mixed{run}")
     rows = [one.engine.prepare(f"mixed-{run}-{number}", top) for number in range(containers)]
     drop_caches()
     for number, row in enumerate(rows):

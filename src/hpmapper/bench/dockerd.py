@@ -6,7 +6,6 @@ root file system is made by `tests.vm.docker` and entered with chroot; libdevmap
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpmapper.image import oci
+from hpmapper.testing.unixhttp import UnixConnection
 
 _SECONDS = 180
 _SETUP = """
@@ -112,7 +112,7 @@ class Docker:
 
     def call(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
         """One request; returns the answer's body. Failed: it was refused. OSError: nobody is there."""
-        connection = _Connection(self._root / "docker.sock")
+        connection = UnixConnection(self._root / "docker.sock", _SECONDS * 10)
         try:
             connection.request(method, f"/v1.41{path}", body, {"Content-Type": kind} if body is not None else {})
             answer = connection.getresponse()
@@ -156,7 +156,7 @@ class Docker:
         number = (self._root_seen(f"{self._data}/image/{self._driver}/layerdb/mounts/{container}/mount-id")).read_text()
         place, root = _MOUNTS[self._driver]
         inside = f"{self._data}/{self._driver}/{place.format(number)}"
-        connection = _Connection(self._root / "docker.sock")
+        connection = UnixConnection(self._root / "docker.sock", _SECONDS * 10)
         try:
             connection.request("GET", f"/v1.41/containers/{container}/export")
             answer = connection.getresponse()
@@ -164,7 +164,8 @@ class Docker:
                 raise Failed(f"the root of {container} does not stay mounted: {answer.status}")
             yield self._root_seen(inside + root)
         finally:
-            connection.sock.close()  # the answer holds on to the connection otherwise
+            if connection.sock:
+                connection.sock.shutdown(socket.SHUT_RDWR)  # the answer would hold on to a connection that is closed
             connection.close()
             while self._is_mounted(inside):
                 time.sleep(0.001)
@@ -179,21 +180,6 @@ class Docker:
     def remove(self, container: str) -> None:
         """Remove a container."""
         self.call("DELETE", f"/containers/{container}?force=1")
-
-
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_SECONDS * 10)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        try:
-            self.sock.connect(str(self._path))
-        except BaseException:
-            self.sock.close()
-            raise
 
 
 def archive(name: str, layers: Sequence[bytes]) -> bytes:

@@ -1,12 +1,12 @@
-"""What the cases of `hpmapper.bench.cache` are made of: sides, layers of random files, tables of samples."""
+"""What the cases of `hpmapper.bench.cache` are made of: layers of random files, tables of samples."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 from io import BytesIO
-from pathlib import Path
 
 from rich.table import Table
 
@@ -19,31 +19,19 @@ Samples = dict[str, list[float]]
 """Values by side."""
 
 
-@dataclass(frozen=True)
-class Side:
-    """A driver on a file system, with its root open."""
-
-    name: str
-    engine: Engine
-
-    @property
-    def home(self) -> Path:
-        return self.engine.driver.scratch.parent
-
-
-def take(side: Side, files: dict[str, int], name: str = "") -> Snapshot:
-    """A layer with files of these sizes (random data, the same for every side)."""
-    top = side.engine.ingest(None, _Tar(files, seed=name), Expected()).snapshot
-    side.engine.finish(top)
+def take_in(engine: Engine, files: Mapping[str, int], name: str = "") -> Snapshot:
+    """A layer with files of these sizes (random data, the same in every root for the same `name`)."""
+    top = engine.ingest(None, _Tar(files, seed=name), Expected()).snapshot
+    engine.finish(top)
     return top
 
 
 class _Tar(BytesIO):
     """A layer tar of random files; large ones repeat one random MiB with a counter, which no deduplication finds."""
 
-    def __init__(self, files: dict[str, int], seed: str) -> None:
+    def __init__(self, files: Mapping[str, int], seed: str) -> None:
         super().__init__()
-        block = _random(seed, MIB)
+        block = random.Random(seed).randbytes(MIB)
         with tarfile.open(fileobj=self, mode="w") as tar:
             for name, size in files.items():
                 member = tarfile.TarInfo(name)
@@ -52,12 +40,6 @@ class _Tar(BytesIO):
                 data = b"".join(number.to_bytes(8, "big") + mark + block[24:] for number in range(-(-size // MIB)))
                 tar.addfile(member, BytesIO(data[:size]))
         self.seek(0)
-
-
-def _random(seed: str, size: int) -> bytes:
-    import random
-
-    return random.Random(seed).randbytes(size)
 
 
 def table(title: str, samples: Samples) -> Table:

@@ -85,7 +85,7 @@ def brought_in(tops: Iterable[Path]) -> int:
         found = re.search(r"^(?:cache|file) (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
         return int(found[1]) if found else 0
     finally:
-        _remove(group)
+        remove_group(group)
 
 
 def _new_group() -> Path | None:
@@ -102,14 +102,14 @@ def _new_group() -> Path | None:
     return None
 
 
-def _remove(group: Path) -> None:
-    """Remove a control group, which its last process may take a moment to leave."""
+def remove_group(group: Path) -> None:
+    """Remove a control group, which its last processes may take a moment to leave."""
     for _ in range(200):
         try:
-            return group.rmdir()
+            group.rmdir()
+            return
         except OSError:
-            time.sleep(0.01)
-    return None
+            time.sleep(0.05)
 
 
 def _host_cached() -> int:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from hpmapper.bench.figures import MIB, Samples
+from hpmapper.bench.figures import MIB, Samples, take_in
 from hpmapper.bench.layout import silent_bring
-from hpmapper.bench.measure import drop_caches
-from hpmapper.bench.roots import PAGE, Place, on_slow_device, on_xfs, place, remove_group, take_in
+from hpmapper.bench.measure import drop_caches, remove_group
+from hpmapper.bench.roots import PAGE, Place, on_slow_device, on_xfs, place
 from hpmapper.bench.starts import WEB, run_inside
 from hpmapper.cache.manager import CacheManager, Settings
 from hpmapper.containers import Containers
@@ -107,7 +107,7 @@ def _read_twice(fd: int) -> int:
 
 
 def _one_content(one: Place, run: int, seconds: float, samples: Samples) -> None:
-    tops = [take_in(one, {"data": _SET, f"own{number}": PAGE}, f"same{run}") for number in range(10)]
+    tops = [take_in(one.engine, {"data": _SET, f"own{number}": PAGE}, f"same{run}") for number in range(10)]
     rows = [one.engine.prepare(f"same-{run}-{number}", top) for number, top in enumerate(tops)]
     roots = [one.engine.mount(row) for row in rows]
     drop_caches()
@@ -122,13 +122,11 @@ def _one_content(one: Place, run: int, seconds: float, samples: Samples) -> None
 
 
 def _idle_copies(one: Place, run: str, seconds: float, samples: Samples, *, managed: bool) -> None:
-    top = take_in(one, {"data": _SET}, f"copies{run}")
+    top = take_in(one.engine, {"data": _SET}, f"copies{run}")
     rows = [one.engine.prepare(f"copies-{run}-{number}", top) for number in range(11)]
     roots = [one.engine.mount(row) for row in rows]
     for root in roots[:9]:  # eight will be idle, the ninth works on a copy of its own
-        with (root / "data").open("r+b", buffering=0) as file:
-            os.pwrite(file.fileno(), b"own" * 1000, 0)
-            os.fsync(file.fileno())
+        _write_a_block(root / "data")
     drop_caches()
     name = f"idle copies, {one.name}{' and manager' if managed else ''}"
     manager = CacheManager(one.engine.db, one.engine.driver, Settings(dedupe_every=0, round_bytes=1 << 30))
@@ -183,7 +181,7 @@ _PAUSE = 1.5
 
 def _take_turns(one: Place, disk: Place, run: int, samples: Samples, *, managed: bool) -> None:
     """`disk`: whose device all of it comes from."""
-    top = take_in(one, {"data": _COPY}, f"turns-{run}-{one.name}-{managed}")
+    top = take_in(one.engine, {"data": _COPY}, f"turns-{run}-{one.name}-{managed}")
     rows = [one.engine.prepare(f"turns-{run}-{managed}-{number}", top) for number in range(_TURNS)]
     roots = [one.engine.mount(row) for row in rows]
     for root in roots:

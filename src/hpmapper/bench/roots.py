@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpmapper.bench import figures
-from hpmapper.bench.figures import MIB, take
+from hpmapper.bench.figures import MIB
 from hpmapper.bench.slow import slow_device
 from hpmapper.config import Config
 from hpmapper.engine import Engine
-from hpmapper.meta.snapshots import Snapshot
 from hpmapper.root import open_root
 
 PAGE = 4096
@@ -81,23 +78,8 @@ def on_slow_device(work: Path) -> Iterator[Place]:
     image.unlink()
 
 
-def take_in(one: Place, files: Mapping[str, int], name: str = "") -> Snapshot:
-    """A layer of random files, as `hpmapper.bench.figures.take` makes it."""
-    return take(figures.Side(one.name, one.engine), dict(files), name)
-
-
 def read_all_of(path: Path) -> None:
     """Read one file."""
     with path.open("rb", buffering=0) as file:
         while file.read(MIB):
             pass
-
-
-def remove_group(group: Path) -> None:
-    """Remove a control group, which its last processes may take a moment to leave."""
-    for _ in range(200):
-        try:
-            group.rmdir()
-            return
-        except OSError:
-            time.sleep(0.05)

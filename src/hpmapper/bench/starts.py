@@ -18,8 +18,8 @@ from pathlib import Path
 
 from hpmapper.bench.figures import MIB, Samples
 from hpmapper.bench.layout import silent_bring
-from hpmapper.bench.measure import drop_caches
-from hpmapper.bench.roots import Place, on_slow_device, on_xfs, remove_group
+from hpmapper.bench.measure import drop_caches, remove_group
+from hpmapper.bench.roots import Place, on_slow_device, on_xfs
 from hpmapper.cache import start
 from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.start import ImageFiles, StartSettings, starting, store_beside

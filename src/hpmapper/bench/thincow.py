@@ -37,6 +37,7 @@ _POOL, _LAYER, _ROOT, _STORE = "cow-pool", "cow-layer", "cow-root", "cow-store"
 _LAYER_ID, _ROOT_ID = 1, 2
 
 Results = dict[str, list[float]]
+_Move = Callable[[int, list[mmap.mmap], int], int]
 
 
 @dataclass(frozen=True)
@@ -124,35 +125,32 @@ class Writer:
         os.close(self._fd)
 
     def pages(self, offsets: list[int]) -> list[float]:
-        taken = []
-        for offset in offsets:
-            before = time.perf_counter_ns()
-            os.pwritev(self._fd, [self._page], offset)
-            taken.append((time.perf_counter_ns() - before) / 1000)
-        return taken
+        return self._each(os.pwritev, offsets)
 
     def read_pages(self, offsets: list[int]) -> list[float]:
+        return self._each(os.preadv, offsets)
+
+    def _each(self, move: _Move, offsets: list[int]) -> list[float]:
         taken = []
         for offset in offsets:
             before = time.perf_counter_ns()
-            os.preadv(self._fd, [self._page], offset)
+            move(self._fd, [self._page], offset)
             taken.append((time.perf_counter_ns() - before) / 1000)
         return taken
 
     def read_all(self) -> float:
         """Read all of it, in pieces of a MiB; seconds."""
-        piece = mmap.mmap(-1, _MIB)
-        before = time.perf_counter()
-        for offset in range(0, _SIZE, _MIB):
-            os.preadv(self._fd, [piece], offset)
-        return time.perf_counter() - before
+        return self._whole(os.preadv, _SIZE)
 
     def write_some(self) -> float:
         """Write an eighth of it, in pieces of a MiB; seconds."""
+        return self._whole(os.pwritev, _SIZE // 8)
+
+    def _whole(self, move: _Move, size: int) -> float:
         piece = mmap.mmap(-1, _MIB)
         before = time.perf_counter()
-        for offset in range(0, _SIZE // 8, _MIB):
-            os.pwritev(self._fd, [piece], offset)
+        for offset in range(0, size, _MIB):
+            move(self._fd, [piece], offset)
         return time.perf_counter() - before
 
 

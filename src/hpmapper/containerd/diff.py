@@ -20,7 +20,8 @@ from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
 from hpmapper.containerd.content import UNCOMPRESSED_LABEL, ContentStore, Metadata
 from hpmapper.containerd.snapshots import parsed
 from hpmapper.errors import Unsupported
-from hpmapper.forest import DIFF_ID_LABEL, Forest
+from hpmapper.forest import Forest
+from hpmapper.labels import DIFF_ID_LABEL
 from hpmapper.layer.stream import Expected, new_zstd_compressor
 from hpmapper.model import oci_digest
 from hpmapper.pipe import piped, stoppable

@@ -14,7 +14,8 @@ from hpmapper.containerd import filters
 from hpmapper.containerd.api import snapshots_pb2 as api
 from hpmapper.drivers.base import MountSpec
 from hpmapper.errors import InvalidArgument
-from hpmapper.forest import MAX_SIZE_LABEL, TARGET_LABEL, Forest, Info, Labels
+from hpmapper.forest import Forest, Info
+from hpmapper.labels import MAX_SIZE_LABEL, TARGET_LABEL, Labels
 from hpmapper.model import Kind
 from hpmapper.rpc.server import After, Call, Later, Method
 

@@ -24,7 +24,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import h11
 
-from hpmapper.errors import Corrupt, FailedPrecondition, InvalidArgument
+from hpmapper import sockets
+from hpmapper.errors import Corrupt, InvalidArgument
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ _LOOKS_UP = 3600.0
 
 _WORKERS = 32
 """Requests that are answered at a time. A long one is a layer on its way to or from a registry."""
-_MAX_SOCKET_PATH = 107  # unix(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Server:
         """Listen, without answering yet.
 
         Raises:
-            FailedPrecondition: somebody listens there already. InvalidArgument: the path is too long for a socket.
+            FailedPrecondition, InvalidArgument: as `hpmapper.sockets.bind`.
         """
         self.address = address
         self._connections: set[_Connection] = set()
@@ -127,37 +127,16 @@ class Server:
 class _Threading(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     request_queue_size = 128
 
+    def server_bind(self) -> None:
+        sockets.bind(self.socket, Path(str(self.server_address)), "socket")
+
 
 def _listening(address: Path, converse: Callable[[socket.socket], None]) -> _Threading:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             converse(self.request)
 
-    if len(os.fsencode(address)) > _MAX_SOCKET_PATH:
-        raise InvalidArgument(f"{address} is too long for a socket's path", hint=f"at most {_MAX_SOCKET_PATH} bytes")
-    _clear_stale(address)
-    server = _Threading(os.fspath(address), Handler, bind_and_activate=False)
-    try:
-        os.fchmod(server.fileno(), 0o600)  # bind(2) takes the mode of the socket for its name: never open to others
-        server.server_bind()
-        server.server_activate()
-    except OSError as error:
-        server.server_close()
-        raise FailedPrecondition(f"cannot listen on {address}: {error.strerror}") from error
-    return server
-
-
-def _clear_stale(address: Path) -> None:
-    """Remove the socket of a server that is gone."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        try:
-            probe.connect(os.fspath(address))
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            address.unlink(missing_ok=True)
-            return
-    raise FailedPrecondition(f"somebody else serves {address} already", hint="stop it, or name another socket")
+    return _Threading(os.fspath(address), Handler)
 
 
 class _Connection:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hpmapper.drivers import directory
-from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, MountSpec, Progress
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Ingested, Progress
 from hpmapper.drivers.upper import Stack, UpperDriver
-from hpmapper.errors import FailedPrecondition, HpmapperError, Unsupported
+from hpmapper.errors import FailedPrecondition, HpmapperError
 from hpmapper.kernel import aufs, mount
-from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.aufs import BranchView, is_untouched, scan_branch
 from hpmapper.layer.build import Below
 from hpmapper.layer.compare import drop_untouched
@@ -83,20 +82,13 @@ class AufsDriver(directory.DirectoryLayers, UpperDriver):
         progress: Progress | None,
         is_object: IsObject,
     ) -> Ingested:
-        (work / "layer" / "diff").mkdir(parents=True)
+        (work / directory.CONTENTS).mkdir(parents=True)
         with self._below(below) as merged:
             return directory.unpack(blob, merged, work, self._layer(layer), directory.Dialect.AUFS, expect, progress)
 
     def remove_layer(self, layer: SnapshotId) -> None:
         super().remove_layer(layer)
         self._remove_sealed(layer)
-
-    def handout(
-        self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
-    ) -> MountSpec:
-        if ids is not None:
-            raise Unsupported("the aufs driver does not map ids", hint="the overlay driver does")
-        return super().handout(snapshot, chain, read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
         return is_untouched(os.fsencode(self._snapshot(snapshot) / "u"))

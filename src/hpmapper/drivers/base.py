@@ -259,9 +259,10 @@ class Driver(Protocol):
         for anybody to see (design trap 1).
 
         With `ids` files appear under other owners, for a container in a user namespace; on disk they stay as they are.
+        Only a driver that can (`Capabilities.maps_ids`) is asked for that.
 
         Raises:
-            Unsupported: ids are to be mapped, which the driver cannot (`Capabilities.maps_ids`).
+            OSError: the kernel cannot map the ids.
         """
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:

@@ -25,11 +25,10 @@ from hpmapper.drivers.upper import numbers, unmount_path
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.kernel import btrfs, fs, lock, mount, qgroup, sync
 from hpmapper.kernel.idmap import IdMapping
-from hpmapper.layer.build import Below, Nothing
+from hpmapper.layer.build import Below
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
-from hpmapper.layer.merged import Merged
-from hpmapper.layer.scan import DirectoryView, scan, scan_pair
+from hpmapper.layer.scan import scan, scan_pair
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.base import Pool, PoolKind, format_size
@@ -101,7 +100,7 @@ class BtrfsDriver(directory.DirectoryLayers):
         is_object: IsObject,
     ) -> Ingested:
         chain = below()
-        self._copy(chain, work / "layer")
+        self._copy(chain, work / directory.LAYER)
         target = self._layer(layer)
         facts = directory.unpack(blob, self._below(chain), work, target, directory.Dialect.APPLIED, expect, progress)
         btrfs.set_read_only(target, True)  # a guard, nothing more: it need not survive a crash
@@ -175,12 +174,7 @@ class BtrfsDriver(directory.DirectoryLayers):
         return changes(self._changed(snapshot, chain), self._below(chain))
 
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
-        top = os.fsencode(self._snapshot(snapshot) / "diff")
-
-        def open_data(path: bytes) -> BinaryIO:
-            return open(os.open(top + b"/" + path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
-
-        write_tar(self._changed(snapshot, chain), open_data, out)
+        write_tar(self._changed(snapshot, chain), directory.open_data(self._snapshot(snapshot) / "diff"), out)
 
     def _changed(self, snapshot: SnapshotId, chain: Chain) -> Inode:
         """What differs from the chain: found by the inodes that btrfs has changed since the snapshot was made."""
@@ -252,7 +246,4 @@ class BtrfsDriver(directory.DirectoryLayers):
                 (target / name).unlink()
 
     def _below(self, chain: Chain) -> Below:
-        if not chain:
-            return Nothing()
-        # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
-        return Merged([DirectoryView(os.fsencode(self._subvolume(chain[0]) / "diff"), overlay=False)])
+        return directory.whole_root(self._subvolume(chain[0]) / "diff" if chain else None)

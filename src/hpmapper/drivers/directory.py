@@ -25,13 +25,21 @@ from hpmapper.kernel import sync
 from hpmapper.kernel.clone import can_clone
 from hpmapper.kernel.fs import filesystem_name
 from hpmapper.layer.aufs import MAX_NAME
-from hpmapper.layer.build import OPAQUE_MARKER, WHITEOUT_PREFIX, Below, LayerBuilder
+from hpmapper.layer.build import OPAQUE_MARKER, WHITEOUT_PREFIX, Below, LayerBuilder, Nothing
+from hpmapper.layer.diff import OpenData
 from hpmapper.layer.marks import ESCAPED, IMPLIED_ROOT, OPAQUE, OVERLAY
+from hpmapper.layer.merged import Merged
 from hpmapper.layer.recipe import RecipeWriter, replay
+from hpmapper.layer.scan import DirectoryView
 from hpmapper.layer.stream import Expected, LayerStream
 from hpmapper.model import ObjectDigest, SnapshotId
 from hpmapper.store.workspace import discard, remove_tree
 from hpmapper.tree import Inode, walk
+
+LAYER = "layer"
+"""Where `fill` makes a layer in the directory it is given."""
+
+CONTENTS = f"{LAYER}/diff"
 
 LOST_LINKS = "unlinked"
 """A file in a layer that deletes in a copy of the one below: it took one of several names of a file, or more."""
@@ -80,10 +88,10 @@ def unpack(
 ) -> Ingested:
     """Read a tar and make `layer` of it: whole and durable under its name when this returns.
 
-    `work/layer/diff` exists and, for the dialect APPLIED, holds a copy of the layer below.
+    `work/layer/diff` (`CONTENTS`) exists and, for the dialect APPLIED, holds a copy of the layer below.
     """
     ingested = fill(blob, below, work, SnapshotId(int(layer.name)), dialect, expect, progress)
-    (work / "layer").rename(layer)
+    (work / LAYER).rename(layer)
     faults.point("ingest.layer-renamed")
     sync.syncfs(work)
     return ingested
@@ -99,7 +107,7 @@ def fill(
     progress: Progress | None,
 ) -> Ingested:
     """Read a tar into `work/layer`, as `unpack` does, and leave it there, synced."""
-    made = work / "layer"
+    made = work / LAYER
     data = made / "data"  # in it: the layer may be a subvolume, out of which nothing can be renamed
     sink = NumberedFiles(data)
     with LayerStream(blob, progress) as stream, (made / "tar").open("wb") as out:
@@ -123,6 +131,19 @@ def fill(
     sync.syncfs(work)
     faults.point("ingest.synced")
     return Ingested(layer, stream.digests, builder.bound, None, {}, sink.bytes, 0, builder.entries)
+
+
+def whole_root(root: Path | None) -> Below:
+    """What a chain shows where its topmost layer is a copy with all below it; None: an empty chain."""
+    if root is None:
+        return Nothing()
+    # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
+    return Merged([DirectoryView(os.fsencode(root), overlay=False)])
+
+
+def open_data(root: Path) -> OpenData:
+    """What opens the files of a root that a container may be writing to: never through a symlink in a file's place."""
+    return DirectoryView(os.fsencode(root), overlay=False).open
 
 
 def drop_recipe(layer: Path) -> None:

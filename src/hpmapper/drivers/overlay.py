@@ -95,7 +95,7 @@ class OverlayDriver(directory.DirectoryLayers, UpperDriver):
         progress: Progress | None,
         is_object: IsObject,
     ) -> Ingested:
-        (work / "layer" / "diff").mkdir(parents=True)
+        (work / directory.CONTENTS).mkdir(parents=True)
         with self._below(below) as merged:
             return directory.unpack(blob, merged, work, self._layer(layer), directory.Dialect.OVERLAY, expect, progress)
 

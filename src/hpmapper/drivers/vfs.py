@@ -22,11 +22,10 @@ from hpmapper.drivers.limits import limit_of, limits_of, require_default, requir
 from hpmapper.drivers.upper import disk_usage, numbers
 from hpmapper.kernel import sync
 from hpmapper.kernel.idmap import IdMapping
-from hpmapper.layer.build import Below, Nothing
+from hpmapper.layer.build import Below
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
-from hpmapper.layer.merged import Merged
-from hpmapper.layer.scan import DirectoryView, scan
+from hpmapper.layer.scan import scan
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.tools import run_tool
@@ -81,7 +80,7 @@ class VfsDriver(directory.DirectoryLayers):
         is_object: IsObject,
     ) -> Ingested:
         chain = below()
-        self._copy(chain, work / "layer" / "diff")
+        self._copy(chain, work / directory.CONTENTS)
         return directory.unpack(
             blob, self._below(chain), work, self._layer(layer), directory.Dialect.APPLIED, expect, progress
         )
@@ -132,8 +131,7 @@ class VfsDriver(directory.DirectoryLayers):
         return changes(self._changed(snapshot, chain), self._below(chain))
 
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
-        top = self._snapshot(snapshot) / "m"
-        write_tar(self._changed(snapshot, chain), lambda path: (top / os.fsdecode(path)).open("rb"), out)
+        write_tar(self._changed(snapshot, chain), directory.open_data(self.root(snapshot)), out)
 
     def remove_layer(self, layer: SnapshotId) -> None:
         super().remove_layer(layer)
@@ -169,10 +167,7 @@ class VfsDriver(directory.DirectoryLayers):
         return made if made.is_dir() else self.root(layer)
 
     def _below(self, chain: Chain) -> Below:
-        if not chain:
-            return Nothing()
-        # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
-        return Merged([DirectoryView(os.fsencode(self._tree(chain[0])), overlay=False)])
+        return directory.whole_root(self._tree(chain[0]) if chain else None)
 
     def _changed(self, snapshot: SnapshotId, chain: Chain) -> Inode:
         after = scan(os.fsencode(self._snapshot(snapshot) / "m"), overlay=False)

@@ -32,8 +32,6 @@ COMPAT_XATTR_FILTER = 0x4
 INCOMPAT_CHUNKED_FILE = 0x4
 INCOMPAT_KNOWN = INCOMPAT_CHUNKED_FILE
 
-MAX_ROOT_NID = 0xFFFF
-
 
 class Superblock(NamedTuple):
     """128 bytes at 1024. The checksum covers the rest of the first block, too."""
@@ -121,7 +119,6 @@ EXTENDED_INODE = Struct("<HHHxxQIIIIqII16x")
 
 # `union` of a chunk-based file: bits 0-4 = log2(chunk / block). The entries, one per chunk, follow the xattrs.
 CHUNK_MAX_BITS = 31
-CHUNK_BITS_MASK = 0x1F
 CHUNK_ENTRY = Struct("<I")
 MAX_CHUNK_BITS = BLOCK_BITS + CHUNK_MAX_BITS
 

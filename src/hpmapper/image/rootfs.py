@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import os
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, cast
+from typing import BinaryIO, Self
 
 from hpmapper.errors import NotFound
-from hpmapper.image import codec, oci, reference
+from hpmapper.image import oci, reference
 from hpmapper.image.documents import ImportOptions, imported_config
 from hpmapper.image.source import LayerBlob, SourceImage
+from hpmapper.pipe import stream_of
 
 TarDirectory = Callable[[Path, BinaryIO], None]
 """Writes a directory's contents as a deterministic tar stream."""
@@ -55,44 +53,4 @@ class DirectorySource:
 
     def images(self) -> list[SourceImage]:
         write = partial(self._tar_directory, self._directory)
-        return [rootfs_image(lambda: piped(write), oci.OCI_LAYER, None, self._options)]
-
-
-def piped(write: Callable[[BinaryIO], None]) -> BinaryIO:
-    """Return a stream of what `write` writes, in a thread, while it is read."""
-    return cast(BinaryIO, io.BufferedReader(_Pipe(write), codec.COPY))
-
-
-class _Pipe(io.RawIOBase):
-    """The reading end. An error of the writer is raised here in place of the end of the file."""
-
-    def __init__(self, write: Callable[[BinaryIO], None]) -> None:
-        super().__init__()
-        self._error: BaseException | None = None
-        self._fd, out = os.pipe2(os.O_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, args=(write, out), name="tar", daemon=True)
-        self._thread.start()
-
-    def _run(self, write: Callable[[BinaryIO], None], out: int) -> None:
-        try:
-            with os.fdopen(out, "wb", codec.COPY) as stream:
-                write(stream)
-        except BaseException as error:
-            self._error = error
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # Buffer is 3.12's
-        got = os.readv(self._fd, [buffer])
-        if not got:
-            self._thread.join()
-            if self._error is not None:
-                raise self._error
-        return got
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._fd)  # a writer that is not done gets EPIPE and ends
-            self._thread.join()
-        super().close()
+        return [rootfs_image(lambda: stream_of(write), oci.OCI_LAYER, None, self._options)]

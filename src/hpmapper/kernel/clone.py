@@ -15,10 +15,8 @@ from typing import NamedTuple
 from hpmapper.kernel.syscall import ioctl, iow, iowr
 
 _FICLONE = iow(0x94, 9, 4)
-_FICLONERANGE = iow(0x94, 13, 32)
 _FIDEDUPERANGE = iowr(0x94, 54, 24)
 
-_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range
 _DEDUPE = struct.Struct("=QQHHI")  # struct file_dedupe_range
 _DEDUPE_TARGET = struct.Struct("=qQQiI")  # struct file_dedupe_range_info
 _DEDUPE_RANGE_DIFFERS = 1
@@ -33,11 +31,6 @@ def clone(source: int, target: int) -> None:
     Dirty pages of `source` are written first: cloning a file that has just been written waits for the disk.
     """
     ioctl(target, _FICLONE, source)
-
-
-def clone_range(source: int, source_offset: int, length: int, target: int, target_offset: int) -> None:
-    """Share `length` bytes (0: to `source`'s end) into `target`."""
-    ioctl(target, _FICLONERANGE, bytearray(_RANGE.pack(source, source_offset, length, target_offset)))
 
 
 class Deduped(NamedTuple):

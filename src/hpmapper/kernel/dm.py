@@ -25,7 +25,6 @@ SECTOR = 512
 DIRECTORY = Path("/dev/mapper")
 CONTROL = DIRECTORY / "control"
 NAME_MAX = 127
-UUID_MAX = 128
 
 _VERSION = (4, 0, 0)
 _HEADER = struct.Struct("=3I3Ii3IQ128s129s7x")  # struct dm_ioctl
@@ -38,13 +37,12 @@ _LARGEST = 16 << 20
 
 _CMD_VERSION, _CMD_LIST, _CMD_CREATE, _CMD_REMOVE = 0, 2, 3, 4
 _CMD_SUSPEND, _CMD_STATUS, _CMD_WAIT, _CMD_LOAD = 6, 7, 8, 9
-_CMD_CLEAR, _CMD_DEPS, _CMD_TABLE_STATUS, _CMD_VERSIONS, _CMD_MESSAGE = 10, 11, 12, 13, 14
+_CMD_CLEAR, _CMD_TABLE_STATUS, _CMD_VERSIONS, _CMD_MESSAGE = 10, 12, 13, 14
 
 READ_ONLY = 1 << 0
 SUSPEND = 1 << 1
 _STATUS_TABLE = 1 << 4
 ACTIVE = 1 << 5
-INACTIVE = 1 << 6
 _BUFFER_FULL = 1 << 8
 _SKIP_LOCKFS = 1 << 10
 _NO_FLUSH = 1 << 11
@@ -251,13 +249,6 @@ def table(name: str) -> list[Target]:
 def wait(name: str, event: int) -> Device:
     """Wait until the device has had more events than `event`. A signal ends it with EINTR."""
     return _call(_CMD_WAIT, name, event=event).device
-
-
-def dependencies(name: str) -> list[int]:
-    """The numbers of the devices below."""
-    answer = _call(_CMD_DEPS, name)
-    count = struct.unpack_from("=I", answer.data)[0]
-    return [_number(number) for number in struct.unpack_from(f"={count}Q", answer.data, 8)]
 
 
 def cancel_removal(name: str) -> None:

@@ -19,11 +19,9 @@ from hpmapper.kernel.syscall import AT_FDCWD, NR_FANOTIFY_INIT, NR_FANOTIFY_MARK
 
 FAN_ACCESS = 0x1
 FAN_OPEN = 0x20
-FAN_PRE_ACCESS = 0x100000  # Linux 6.14
 
 _FAN_CLOEXEC = 0x1
 _FAN_NONBLOCK = 0x2
-_FAN_CLASS_PRE_CONTENT = 0x8
 _FAN_MARK_ADD = 0x1
 _FAN_MARK_IGNORED_MASK = 0x20
 _FAN_MARK_IGNORED_SURV_MODIFY = 0x40
@@ -41,18 +39,14 @@ class Event(NamedTuple):
 
 
 @contextmanager
-def watching(
-    filesystem: AnyPath, mask: int, *, ignored: Iterable[AnyPath] = (), pre_content: bool = False
-) -> Iterator[int]:
+def watching(filesystem: AnyPath, mask: int, *, ignored: Iterable[AnyPath] = ()) -> Iterator[int]:
     """A non-blocking fanotify fd that hears of `mask` on the whole file system that holds this path.
 
     Args:
         ignored: files, wherever they are, of which it does not hear; they must be there for as long as it listens.
-        pre_content: hear of accesses before they happen and hold them up; each event then needs an answer.
     """
-    flags = _FAN_CLOEXEC | _FAN_NONBLOCK | (_FAN_CLASS_PRE_CONTENT if pre_content else 0)
     events = os.O_RDONLY | os.O_CLOEXEC | os.O_LARGEFILE
-    fd = syscall(NR_FANOTIFY_INIT, flags, events, path=filesystem)
+    fd = syscall(NR_FANOTIFY_INIT, _FAN_CLOEXEC | _FAN_NONBLOCK, events, path=filesystem)
     try:
         for path in ignored:  # first: from the next mark on there are events
             _mark(fd, _FAN_MARK_IGNORED_MASK | _FAN_MARK_IGNORED_SURV_MODIFY, mask, path)

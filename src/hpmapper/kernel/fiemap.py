@@ -65,11 +65,6 @@ def extents(fd: int, start: int = 0, length: int = _END, *, sync: bool = False) 
         start = found[-1].end
 
 
-def shared_bytes(fd: int) -> int:
-    """How many bytes of an open file lie in extents that it shares."""
-    return sum(extent.length for extent in extents(fd) if extent.shared)
-
-
 def _batch(fd: int, start: int, length: int, flags: int) -> list[Extent]:
     buffer = bytearray(_HEADER.pack(start, length, flags, 0, _BATCH, 0)) + bytes(_EXTENT.size * _BATCH)
     ioctl(fd, _FIEMAP, buffer)

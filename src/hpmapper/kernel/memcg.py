@@ -17,9 +17,6 @@ from hpmapper.kernel.syscall import opened
 ROOT = Path("/sys/fs/cgroup/memory")
 """Where version 1 usually has its topmost group: it hears of all groups below that nobody else listens to."""
 
-LEVELS = ("low", "medium", "critical")
-"""Pages are reclaimed; the cache is squeezed, or swapping begins; reclaim finds nothing any more."""
-
 
 def has_pressure_events(group: Path) -> bool:
     """Whether that is a memory control group of version 1."""
@@ -28,7 +25,11 @@ def has_pressure_events(group: Path) -> bool:
 
 @contextmanager
 def pressure_events(group: Path, level: str = "medium") -> Iterator[int]:
-    """An eventfd that becomes readable when reclaim in the group, or one below, reaches `level` or worse."""
+    """An eventfd that becomes readable when reclaim in the group, or one below, reaches `level` or worse.
+
+    Levels: "low", pages are reclaimed; "medium", the cache is squeezed, or swapping begins; "critical", reclaim finds
+    nothing any more.
+    """
     with ExitStack() as stack:
         event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         stack.callback(os.close, event)

@@ -10,14 +10,14 @@ import time
 from typing import NamedTuple
 
 from hpmapper.errors import NotFound
+from hpmapper.labels import TARGET_LABEL
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Snapshot, Transaction
 from hpmapper.model import SnapshotId
 
-_TARGET_LABEL = "containerd.io/snapshot.ref"
 _NAMED = f"""
-SELECT snapshot, value AS chain_id FROM label WHERE name = '{_TARGET_LABEL}'
+SELECT snapshot, value AS chain_id FROM label WHERE name = '{TARGET_LABEL}'
 UNION SELECT id, substr(key, -{snapshots.CHAIN_ID_SIZE}) FROM snapshot WHERE {snapshots.HAS_CHAIN_ID_FOR_KEY}
 """
 """The chain IDs by which containerd knows committed snapshots, by a label or by their keys: where it unpacked the

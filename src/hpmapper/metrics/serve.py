@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import socketserver
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from hpmapper import sockets
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 
 log = logging.getLogger(__name__)
@@ -76,16 +76,15 @@ class _UnixServer(_Server):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        _clear_stale(path)
         path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         super().__init__(os.fspath(path), _Handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        os.fchmod(self.socket.fileno(), 0o600)  # bind(2) takes the socket's mode for its name
-        _bind(self, os.fspath(self._path))
+        sockets.bind(self.socket, self._path, "place for the metrics")
+        self.setup_environ()
 
-    def server_close(self) -> None:
-        super().server_close()
+    def shutdown(self) -> None:
+        super().shutdown()
         self._path.unlink(missing_ok=True)
 
 
@@ -96,16 +95,11 @@ class _TcpServer(_Server):
 
     def server_bind(self) -> None:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _bind(self, self.server_address)
-
-
-def _bind(server: _Server, address: object) -> None:
-    try:
-        server.socket.bind(address)  # type: ignore[arg-type]
-    except OSError as error:
-        raise FailedPrecondition(f"metrics cannot be served at {address}: {error.strerror}") from error
-    server.server_address = server.socket.getsockname()
-    server.setup_environ()
+        try:
+            self.socket.bind(self.server_address)
+        except OSError as error:
+            raise FailedPrecondition(f"metrics cannot be served at {self.server_address}: {error.strerror}") from error
+        self.setup_environ()
 
 
 def _tcp_server(address: str) -> _TcpServer:
@@ -123,19 +117,3 @@ def _tcp_server(address: str) -> _TcpServer:
         )
     family = socket.AF_INET6 if found.version == 6 else socket.AF_INET
     return _TcpServer(family, (str(found), int(port)))
-
-
-def _clear_stale(path: Path) -> None:
-    """Remove the socket of a daemon that is gone."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FailedPrecondition(f"{path} is not a socket", hint="name another place for the metrics")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            path.unlink(missing_ok=True)
-            return
-    raise FailedPrecondition(f"somebody else serves {path} already", hint="stop it, or name another place")

@@ -107,8 +107,7 @@ class DevicePool(ABC):
 
     def space(self) -> Space:
         self._require_attached()
-        values = os.statvfs(self.path)
-        return Space(values.f_blocks * values.f_frsize, values.f_bavail * values.f_frsize)
+        return Space.of(self.path)
 
     def _require_attached(self) -> None:
         if not self.is_attached():

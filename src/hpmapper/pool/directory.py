@@ -6,7 +6,6 @@ directory below it must not be taken for a pool that has lost everything.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -96,8 +95,7 @@ class DirectoryPool:
 
     def space(self) -> Space:
         self._require_attached()
-        values = os.statvfs(self.path)
-        return Space(values.f_blocks * values.f_frsize, values.f_bavail * values.f_frsize)
+        return Space.of(self.path)
 
     def _require_attached(self) -> None:
         if not self.is_attached():

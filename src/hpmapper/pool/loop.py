@@ -39,8 +39,7 @@ def default_size(directory: Path, smallest: int) -> int:
     Raises:
         NoSpace: not even the smallest pool fits.
     """
-    values = os.statvfs(directory)
-    fitting = int(values.f_bavail * values.f_frsize * _DEFAULT_SHARE)
+    fitting = int(Space.of(directory).free * _DEFAULT_SHARE)
     if fitting < smallest:
         raise NoSpace(
             f"{directory} has room for a pool of {format_size(fitting)}, the smallest has {format_size(smallest)}",
@@ -151,10 +150,9 @@ class LoopPool(DevicePool):
     def space(self) -> Space:
         inside = super().space()
         image = self.image.stat()
-        outside = os.statvfs(self.root)
         # Blocks that the file has, and that the pool does not use at present, need nothing from the disk below.
         reserve = max(0, image.st_blocks * 512 - inside.used)
-        free = min(inside.free, outside.f_bavail * outside.f_frsize + reserve)
+        free = min(inside.free, Space.of(self.root).free + reserve)
         return Space(inside.used + free, free)
 
     def grow(self, size: int = 0) -> PoolConfig:

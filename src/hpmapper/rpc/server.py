@@ -12,7 +12,6 @@ import logging
 import os
 import selectors
 import socket
-import stat
 import struct
 import threading
 import time
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
-from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper import sockets
 from hpmapper.pipe import Flag
 from hpmapper.rpc.calls import Calls
 from hpmapper.rpc.nghttp2 import HeaderBlock, ProtocolError, Session
@@ -46,7 +45,6 @@ _READ = 256 << 10
 _SLOW_THREADS = 4
 _LONG_THREADS = 8
 _SHOWN = 600  # characters of an error's text; clients limit all headers of an answer to 8 KiB
-_MAX_SOCKET_PATH = 107  # unix(7)
 _PREFIX = struct.Struct(">?I")  # compressed, length (gRPC over HTTP/2, "Length-Prefixed-Message")
 
 _OK_HEADERS = HeaderBlock([(b":status", b"200"), (b"content-type", b"application/grpc")])
@@ -189,21 +187,15 @@ class Server:
         """Listen on a unix socket that only its owner may use.
 
         Raises:
-            FailedPrecondition: somebody listens there already. InvalidArgument: the path is too long for a socket.
+            FailedPrecondition, InvalidArgument: as `hpmapper.sockets.bind`.
         """
-        if len(os.fsencode(address)) > _MAX_SOCKET_PATH:
-            raise InvalidArgument(f"{address} is too long for a socket", hint=f"at most {_MAX_SOCKET_PATH} bytes")
         address.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-        _clear_stale(address)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        umask = os.umask(0o177)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            listener.bind(os.fspath(address))
-        except OSError as error:
+            sockets.bind(listener, address, "--address")
+        except BaseException:
             listener.close()
-            raise FailedPrecondition(f"cannot listen on {address}: {error.strerror}") from error
-        finally:
-            os.umask(umask)
+            raise
         listener.listen(socket.SOMAXCONN)
         self.adopt(listener)
 
@@ -492,19 +484,3 @@ def _failed(failure: Failure) -> HeaderBlock:
             (b"grpc-message", message.encode("ascii")),
         ]
     )
-
-
-def _clear_stale(address: Path) -> None:
-    """Remove the socket of a server that is gone."""
-    try:
-        if not stat.S_ISSOCK(address.lstat().st_mode):
-            raise FailedPrecondition(f"{address} is not a socket", hint="name another --address")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        try:
-            probe.connect(os.fspath(address))
-        except (FileNotFoundError, ConnectionRefusedError):
-            address.unlink(missing_ok=True)
-            return
-    raise FailedPrecondition(f"somebody else serves {address} already", hint="stop it, or name another --address")

@@ -16,9 +16,15 @@ from hpmapper.bench.results import Quantity
 _BARE = "the same on the bare file system"
 
 
+_Work = Callable[[Path, Turn], None]
+"""What a program does in a container's root."""
+
+
 @contextmanager
-def _each_run(side: Side, bench: Bench, work: Callable[[Path, Turn], None]) -> Iterator[Run]:
-    """Each run has a container of its own."""
+def _each_run(
+    side: Side, bench: Bench, work: _Work, build: Callable[[Path], Path] = images.applications
+) -> Iterator[Run]:
+    """Each run has a container of its own, of the image that `build` makes."""
     if bench.short:
         raise NotHere("the image takes minutes to build")
 
@@ -26,8 +32,30 @@ def _each_run(side: Side, bench: Bench, work: Callable[[Path, Turn], None]) -> I
         with container(side, f"application-{turn.number}", "applications") as root:
             work(root, turn)
 
-    with image(side, images.applications(bench.images), "applications"):
+    with image(side, build(bench.images), "applications"):
         yield run
+
+
+def _figures(script: str, *quantities: str) -> _Work:
+    """A script that prints a figure for each of these quantities."""
+
+    def work(root: Path, turn: Turn) -> None:
+        for quantity, figure in zip(quantities, run_program(inside(root, script)).split(), strict=True):
+            turn.note(quantity, float(figure))
+
+    return work
+
+
+def _cold_and_warm(script: str, cold: str, warm: str) -> _Work:
+    """A script that is timed from empty caches, and once more."""
+
+    def work(root: Path, turn: Turn) -> None:
+        drop_caches()
+        for quantity in (cold, warm):
+            with turn.timed(quantity, scale=1):
+                run_program(inside(root, script))
+
+    return work
 
 
 _SQLITE = """python3 -c "
@@ -54,13 +82,7 @@ print(first * 1000, n / 4)
 def sqlite(side: Side, bench: Bench) -> Iterator[Run]:
     """SQLite updates random rows of a database in the image (500,000 rows, 120 MB), each in a durable transaction, for
     4 s; and how long the first one takes, with connecting."""
-
-    def work(root: Path, turn: Turn) -> None:
-        first, rate = run_program(inside(root, _SQLITE)).split()
-        turn.note("first transaction", float(first))
-        turn.note("transactions", float(rate))
-
-    with _each_run(side, bench, work) as run:
+    with _each_run(side, bench, _figures(_SQLITE, "first transaction", "transactions")) as run:
         yield run
 
 
@@ -86,13 +108,7 @@ echo $(((end - begin) / 1000000)) $(sed -n 's/^tps = \\([0-9.]*\\).*/\\1/p' /tmp
 def postgresql(side: Side, bench: Bench) -> Iterator[Run]:
     """PostgreSQL 15 on a database in the image (pgbench's, scale 10, 160 MB): from its start to the first answer, and
     then pgbench's own transactions by four clients for 5 s."""
-
-    def work(root: Path, turn: Turn) -> None:
-        first, rate = run_program(inside(root, _POSTGRES)).split()
-        turn.note("first answer", float(first))
-        turn.note("transactions", float(rate))
-
-    with _each_run(side, bench, work) as run:
+    with _each_run(side, bench, _figures(_POSTGRES, "first answer", "transactions")) as run:
         yield run
 
 
@@ -121,13 +137,7 @@ ab -q -k -c 8 -n 20000 http://127.0.0.1:8080/7 | sed -n 's/^Requests per second:
 def nginx(side: Side, bench: Bench) -> Iterator[Run]:
     """nginx serves 1,000 static files of 16 KiB, each once, from empty caches; then one of them again and again, to
     eight clients (ab)."""
-
-    def work(root: Path, turn: Turn) -> None:
-        once, again = run_program(inside(root, _NGINX)).split()
-        turn.note("each file once, cold", float(once))
-        turn.note("one file", float(again))
-
-    with _each_run(side, bench, work) as run:
+    with _each_run(side, bench, _figures(_NGINX, "each file once, cold", "one file")) as run:
         yield run
 
 
@@ -139,18 +149,8 @@ def nginx(side: Side, bench: Bench) -> Iterator[Run]:
 def imports(side: Side, bench: Bench) -> Iterator[Run]:
     """Python imports Flask and SQLAlchemy (600 modules, compiled in the image) in a new container: from empty caches,
     and once more."""
-    if bench.short:
-        raise NotHere("the image takes minutes to build")
     script = "exec python3 -B -c 'import flask, sqlalchemy.orm, sqlite3'"
-
-    def run(turn: Turn) -> None:
-        with container(side, f"imports-{turn.number}", "imports") as root:
-            drop_caches()
-            for kind in ("cold", "warm"):
-                with turn.timed(kind, scale=1):
-                    run_program(inside(root, script))
-
-    with image(side, images.debian_web(bench.images), "imports"):
+    with _each_run(side, bench, _cold_and_warm(script, "cold", "warm"), images.debian_web) as run:
         yield run
 
 
@@ -162,12 +162,6 @@ def imports(side: Side, bench: Bench) -> Iterator[Run]:
 def git_status(side: Side, bench: Bench) -> Iterator[Run]:
     """git status in a repository of 20,000 files in the image: first from empty caches, where git reads every file
     again, since they have other inodes than when it was built; and once more, when its index is fresh."""
-
-    def work(root: Path, turn: Turn) -> None:
-        drop_caches()
-        for kind in ("first, cold", "again"):
-            with turn.timed(kind, scale=1):
-                run_program(inside(root, "cd /data/git && git -c safe.directory='*' status --short"))
-
-    with _each_run(side, bench, work) as run:
+    script = "cd /data/git && git -c safe.directory='*' status --short"
+    with _each_run(side, bench, _cold_and_warm(script, "first, cold", "again")) as run:
         yield run

@@ -55,12 +55,10 @@ def read(side: Side, bench: Bench) -> Iterator[Run]:
     with _container_of_data(side, bench) as (root, size):
 
         def run(turn: Turn) -> None:
+            drop_caches()
             for kind in ("cold", "warm"):
-                if kind == "cold":
-                    drop_caches()
-                turn.note(
-                    f"sequential read, {kind}", _fio(root / "data", size, "--rw=read", "--bs=1M", "--invalidate=0")[0]
-                )
+                speed, _ = _fio(root / "data", size, "--rw=read", "--bs=1M", "--invalidate=0")
+                turn.note(f"sequential read, {kind}", speed)
             drop_caches()
             words = ("--rw=randread", "--bs=4k", "--fadvise_hint=random", "--time_based", "--runtime=2")
             turn.note("random read, cold", _fio(root / "second", size, *words)[1])

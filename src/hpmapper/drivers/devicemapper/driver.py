@@ -37,27 +37,21 @@ from hpmapper.drivers.devicemapper import backing, info, thin, written
 from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.options import Options
 from hpmapper.drivers.devicemapper.records import Record, Role
-from hpmapper.drivers.devicemapper.setup import CONTENTS
+from hpmapper.drivers.directory import CONTENTS, LAYER
 from hpmapper.drivers.upper import numbers, unmount_path
-from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound, Unsupported
+from hpmapper.errors import Corrupt, HpmapperError, NoSpace, NotFound
 from hpmapper.kernel import fiemap, fs, lock, mount, sync
 from hpmapper.kernel.idmap import IdMapping
-from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
-from hpmapper.layer.merged import Merged
-from hpmapper.layer.scan import DirectoryView, scan, scan_pair
+from hpmapper.layer.scan import scan, scan_pair
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, ObjectDigest, SnapshotId, Space, Usage
 from hpmapper.store.objects import IsObject
-from hpmapper.store.workspace import remove_tree
 from hpmapper.tree import Inode, walk
 from hpmapper.tree import directory as new_directory
 
 log = logging.getLogger(__name__)
-
-_NOT_THE_CHILDS = ("tar", "names", "superseded")
-"""What a device inherits from its parent's, beside the root."""
 
 
 class BlockDevice(NamedTuple):
@@ -132,10 +126,9 @@ class DeviceMapperDriver(directory.DirectoryLayers):
         try:
             record = self.devices.create(Role.LAYER, layer, chain[0] if chain else None)
             with self.devices.mounted(record) as top:
-                for name in _NOT_THE_CHILDS:
-                    _remove(top / "layer" / name)
+                directory.drop_recipe(top / LAYER)
                 # The root is still the parent's until the whole tar has been read.
-                view = _below(top / CONTENTS if chain else None)
+                view = directory.whole_root(top / CONTENTS if chain else None)
                 ingested = directory.fill(blob, view, top, layer, directory.Dialect.APPLIED, expect, progress)
             faults.point("ingest.unmounted")
             self.devices.finish(Role.LAYER, layer, record)
@@ -158,7 +151,7 @@ class DeviceMapperDriver(directory.DirectoryLayers):
 
     def read_tar(self, layer: SnapshotId) -> Iterator[bytes]:
         with self.devices.mounted(self._layer_record(layer), read_only=True) as top:
-            yield from directory.read_tar(top / "layer")
+            yield from directory.read_tar(top / LAYER)
 
     def remove_layer(self, layer: SnapshotId) -> None:
         self.devices.remove(Role.LAYER, layer)
@@ -167,7 +160,7 @@ class DeviceMapperDriver(directory.DirectoryLayers):
     def check_layer(self, layer: SnapshotId, digest: bytes | None) -> Iterator[str]:
         try:
             with self.devices.mounted(self._layer_record(layer), read_only=True) as top:
-                yield from directory.check(top / "layer")
+                yield from directory.check(top / LAYER)
         except (NotFound, Corrupt, OSError) as error:
             yield str(error)
 
@@ -239,8 +232,6 @@ class DeviceMapperDriver(directory.DirectoryLayers):
     def handout(
         self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
     ) -> MountSpec:
-        if ids is not None:
-            raise Unsupported("the devicemapper driver does not map ids", hint="the overlay driver does")
         return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
@@ -300,12 +291,12 @@ class DeviceMapperDriver(directory.DirectoryLayers):
     def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
         record = self._snapshot_record(snapshot)
         with self._trees(record) as (before, after):
-            yield from changes(self._changed(record, before, after), _below(before))
+            yield from changes(self._changed(record, before, after), directory.whole_root(before))
 
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
         record = self._snapshot_record(snapshot)
         with self._trees(record) as (before, after):
-            write_tar(self._changed(record, before, after), lambda path: (after / os.fsdecode(path)).open("rb"), out)
+            write_tar(self._changed(record, before, after), directory.open_data(after), out)
 
     def usage(self, snapshot: SnapshotId) -> Usage:
         record = self._snapshot_record(snapshot)
@@ -357,13 +348,6 @@ class DeviceMapperDriver(directory.DirectoryLayers):
             yield top / CONTENTS
 
 
-def _below(root: Path | None) -> Below:
-    if root is None:
-        return Nothing()
-    # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
-    return Merged([DirectoryView(os.fsencode(root), overlay=False)])
-
-
 def _bytes_in(file: Path, blocks: set[int], size: int) -> int:
     """How many of a file's bytes lie in these blocks of its device."""
     with file.open("rb") as data:
@@ -376,10 +360,3 @@ def _overlap(extent: fiemap.Extent, blocks: set[int], size: int) -> int:
     return sum(
         min(end, (block + 1) * size) - max(extent.physical, block * size) for block in touched if block in blocks
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        remove_tree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from hpmapper.drivers.devicemapper import backing, thin
 from hpmapper.drivers.devicemapper.devices import Devices
 from hpmapper.drivers.devicemapper.units import human_size
@@ -67,18 +64,13 @@ def _data_free(devices: Devices, status: thin.PoolStatus) -> int:
     """Free bytes; of a sparse file not more than the file system below it has left for it."""
     free = status.data_free * devices.device_set.block
     files = devices.backing.files()
-    return min(free, _room(files.data)) if files else free
+    return min(free, Space.of(files.data).free) if files else free
 
 
 def _metadata_free(devices: Devices, status: thin.PoolStatus) -> int:
     free = status.metadata_free * thin.METADATA_BLOCK
     files = devices.backing.files()
-    return min(free, _room(files.metadata)) if files else free
-
-
-def _room(path: Path) -> int:
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    return min(free, Space.of(files.metadata).free) if files else free
 
 
 def _device_names(pool: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from hpmapper.drivers.devicemapper.units import human_size, parse_bool, parse_percent, parse_size
+from hpmapper.drivers.devicemapper.units import parse_bool, parse_percent, parse_size
 from hpmapper.errors import InvalidArgument
 
 GIB = 1 << 30
@@ -122,36 +122,6 @@ def parse(words: Iterable[tuple[str, str]]) -> Options:
         for one in value.split("\n") if key in REPEATABLE else [value]:
             options = setter(options, one.strip())
     return _checked(options)
-
-
-def parse_words(words: Iterable[str]) -> Options:
-    """As `parse`, of "dm.NAME=VALUE" words as in storage-opts."""
-    pairs = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise InvalidArgument(f"unable to parse key/value option: {word}", hint="write dm.NAME=VALUE")
-        pairs.append((name, value))
-    return parse(pairs)
-
-
-def container_size(options: Mapping[str, str], parent: int) -> int:
-    """The size that a container's `size` option asks for; its parent's without one.
-
-    Raises:
-        InvalidArgument: another option, no size, or less than the parent's.
-    """
-    size = parent
-    for name, value in options.items():
-        if name.lower() != "size":
-            raise InvalidArgument(f"Unknown option {name}", hint="known is size")
-        size = parse_size(value)
-    if size < parent:
-        raise InvalidArgument(
-            f"devmapper: Container size cannot be smaller than {human_size(parent)}",
-            hint="that is the size of the image's file system, which cannot shrink",
-        )
-    return size
 
 
 def _checked(options: Options) -> Options:

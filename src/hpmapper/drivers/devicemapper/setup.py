@@ -14,14 +14,12 @@ from hpmapper.drivers.devicemapper import backing, basefs, lvm, thin
 from hpmapper.drivers.devicemapper.active import ActiveDevices
 from hpmapper.drivers.devicemapper.records import BASE, Role
 from hpmapper.drivers.devicemapper.units import human_size
+from hpmapper.drivers.directory import CONTENTS
 from hpmapper.errors import FailedPrecondition, InvalidArgument
 from hpmapper.kernel import dm
 from hpmapper.store.workspace import remove_tree
 
 log = logging.getLogger(__name__)
-
-CONTENTS = "layer/diff"
-"""Where a device's file system has the root: beside it stands what the layer's tar is made again from."""
 
 
 class PoolSetup(ActiveDevices):

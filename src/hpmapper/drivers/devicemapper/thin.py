@@ -118,19 +118,6 @@ def parse_pool_status(params: str) -> PoolStatus:
         raise Corrupt(f"the status of a thin pool is not understood: {params!r}") from error
 
 
-class ThinStatus(NamedTuple):
-    """A thin device's state: sectors mapped, shared or not. `failed`: its pool has, and nothing is known."""
-
-    mapped: int
-    failed: bool = False
-
-
-def parse_thin_status(params: str) -> ThinStatus:
-    """A thin device's status line: "MAPPED HIGHEST", "Fail", "Error" or "-"."""
-    first = params.split()[0] if params.split() else "-"
-    return ThinStatus(int(first)) if first.isdigit() else ThinStatus(0, failed=first != "-")
-
-
 def pool_status(pool: str, *, commit: bool = True) -> PoolStatus:
     """The pool's state; `commit`: of the metadata first, so that the counts are exact.
 

@@ -35,6 +35,7 @@ from hpmapper.drivers.base import (
     Stored,
     bind_spec,
 )
+from hpmapper.drivers.directory import CONTENTS, LAYER
 from hpmapper.drivers.limits import require_in_force
 from hpmapper.drivers.upper import numbers, unmount_path
 from hpmapper.drivers.zfs import datasets
@@ -46,11 +47,9 @@ from hpmapper.kernel import lock, mount, sync
 from hpmapper.kernel.fs import filesystem_name
 from hpmapper.kernel.fscontext import MOUNT_ATTR_RDONLY
 from hpmapper.kernel.idmap import IdMapping
-from hpmapper.layer.build import Below, Nothing
 from hpmapper.layer.compare import compare
 from hpmapper.layer.diff import changes, write_tar
-from hpmapper.layer.merged import Merged
-from hpmapper.layer.scan import DirectoryView, scan, scan_pair
+from hpmapper.layer.scan import scan, scan_pair
 from hpmapper.layer.stream import Expected
 from hpmapper.model import Change, SnapshotId, Space, Usage
 from hpmapper.pool.base import format_size
@@ -61,9 +60,6 @@ from hpmapper.tree import Inode
 from hpmapper.tree import directory as new_directory
 
 FSNAME = "zfs.fsname"
-
-LAYER = "layer"
-CONTENTS = f"{LAYER}/diff"
 
 _RECORD = "dataset"
 
@@ -222,7 +218,7 @@ class ZfsDriver(directory.DirectoryLayers):
                 if _is_sealed(origin):
                     (top / LAYER / directory.LOST_LINKS).touch()  # who knows what a container did with them
                 # The root is still the parent's until the whole tar has been read.
-                view = _below(top / CONTENTS if chain else None)
+                view = directory.whole_root(top / CONTENTS if chain else None)
                 ingested = directory.fill(blob, view, top, layer, directory.Dialect.APPLIED, expect, progress)
             self._datasets.finish(Role.LAYER, layer)
             self._layer(layer).mkdir(mode=0o700, exist_ok=True)
@@ -319,8 +315,6 @@ class ZfsDriver(directory.DirectoryLayers):
     def handout(
         self, snapshot: SnapshotId, chain: Chain, *, read_only: bool = False, ids: IdMapping | None = None
     ) -> MountSpec:
-        if ids is not None:
-            raise Unsupported("the zfs driver does not map ids", hint="the overlay driver does")
         return bind_spec(self.mount(snapshot, chain, read_only=read_only), read_only=read_only)
 
     def is_untouched(self, snapshot: SnapshotId) -> bool:
@@ -349,16 +343,11 @@ class ZfsDriver(directory.DirectoryLayers):
 
     def changes(self, snapshot: SnapshotId, chain: Chain) -> Iterator[Change]:
         with self._trees(snapshot, chain) as trees:
-            yield from changes(_changed(trees), _below(trees.before))
+            yield from changes(_changed(trees), directory.whole_root(trees.before))
 
     def write_diff(self, snapshot: SnapshotId, chain: Chain, out: BinaryIO) -> None:
         with self._trees(snapshot, chain) as trees:
-            top = os.fsencode(trees.after)
-
-            def open_data(path: bytes) -> BinaryIO:
-                return open(os.open(top + b"/" + path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
-
-            write_tar(_changed(trees), open_data, out)
+            write_tar(_changed(trees), directory.open_data(trees.after), out)
 
     @contextmanager
     def _trees(self, snapshot: SnapshotId, chain: Chain) -> Iterator[_Trees]:
@@ -424,13 +413,6 @@ def _make_root(whole: Path) -> None:
 
 def _is_sealed(origin: str) -> bool:
     return origin.rpartition("/")[2].startswith(Role.SNAPSHOT)
-
-
-def _below(root: Path | None) -> Below:
-    if root is None:
-        return Nothing()
-    # Merged, though there is but one: it asks step by step, so that no symlink of an image leads to the host.
-    return Merged([DirectoryView(os.fsencode(root), overlay=False)])
 
 
 _Same = Callable[["os.DirEntry[bytes]", "os.DirEntry[bytes]"], bool]
