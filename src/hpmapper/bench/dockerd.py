@@ -23,6 +23,8 @@ from hpmapper.image import oci
 from hpmapper.testing.unixhttp import UnixConnection
 
 _SECONDS = 180
+_UNMOUNT_SECONDS = 0.2
+"""20.10 unmounts what is not read any more at once; 26 leaves it to the container's removal."""
 _SETUP = """
 set -e
 mount --bind "$1" "$1"
@@ -167,7 +169,8 @@ class Docker:
             if connection.sock:
                 connection.sock.shutdown(socket.SHUT_RDWR)  # the answer would hold on to a connection that is closed
             connection.close()
-            while self._is_mounted(inside):
+            deadline = time.monotonic() + _UNMOUNT_SECONDS
+            while self._is_mounted(inside) and time.monotonic() < deadline:
                 time.sleep(0.001)
 
     def _root_seen(self, inside: str) -> Path:
