@@ -10,15 +10,15 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpmapper.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from hpmapper.meta.db import Database
+from hpmapper.meta.schema import CHAINS_CHANGED
 from hpmapper.model import Kind, ObjectDigest, SnapshotId
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A snapshot as the database has it; see `schema.py` for the columns. `applied`: what a differ read into it."""
 
     id: SnapshotId
@@ -63,6 +63,9 @@ _COLUMNS = (
 )
 _KINDS = {kind.value: kind for kind in Kind}
 
+_CHAINS_KEPT = 1024
+"""Chains that are remembered at a time."""
+
 
 def _snapshot(row: Any) -> Snapshot:
     number, key, kind, parent, layer_id, created, updated, applied = row  # by position: this is on every call's path
@@ -101,9 +104,24 @@ def walk(db: Database) -> Iterator[Snapshot]:
 
 
 def layers_below(db: Database, parent: SnapshotId | None) -> list[SnapshotId]:
-    """The storage ids of a chain of committed snapshots, nearest first."""
+    """The storage ids of a chain of committed snapshots, nearest first.
+
+    Each start asks three times, so what was found is kept. It holds until the database notes that a chain has changed.
+    """
     if parent is None:
         return []
+    if db.in_transaction():  # what this sees may never come to be
+        return _layers_below(db, parent)
+    changed = db.setting(CHAINS_CHANGED)  # asked first: what is kept under it is never older than it
+    kept = db.chains.get(parent)
+    if kept is None or kept[0] != changed:
+        if len(db.chains) >= _CHAINS_KEPT:
+            db.chains.clear()
+        kept = db.chains[parent] = (changed, _layers_below(db, parent))
+    return kept[1].copy()
+
+
+def _layers_below(db: Database, parent: SnapshotId) -> list[SnapshotId]:
     rows = db.rows(
         """WITH RECURSIVE chain (id, parent, layer, depth) AS (
                SELECT id, parent, layer, 0 FROM snapshot WHERE id = ?
@@ -199,7 +217,7 @@ def _insert(
     try:
         cursor = db.execute(
             "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (key, kind, state, owner, parent.id if parent else None, now, now),
+            (key, str(kind), state, owner, parent.id if parent else None, now, now),
         )
     except sqlite3.IntegrityError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_UNIQUE:
