@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpmapper.errors import NotFound
+from hpmapper.errors import AlreadyExists, NotFound
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Layer, Snapshot
@@ -120,3 +120,23 @@ def test_only_so_many_are_remembered(db: Database, monkeypatch: pytest.MonkeyPat
     made = [_commit(db, f"layer-{number}") for number in range(5)]
     assert [snapshots.layers_below(db, one.id) for one in made] == [[one.id] for one in made]
     assert len(db.chains) <= 2
+
+
+def test_nothing_is_made_on_a_snapshot_that_is_gone(db: Database) -> None:
+    def add(key: str, parent: Snapshot) -> None:
+        with db.transaction() as transaction:
+            snapshots.add(transaction, key, Kind.ACTIVE, parent)
+
+    top = _commit(db, "top")
+    add("first", top)
+    with pytest.raises(AlreadyExists, match="'first' exists"):
+        add("first", top)
+    with db.transaction() as transaction:
+        snapshots.forget(transaction, snapshots.get(db, "first").id)
+        snapshots.begin_removal(transaction, top, "owner")
+    with pytest.raises(NotFound, match="'top' was removed meanwhile"):
+        add("second", top)
+    with db.transaction() as transaction:
+        snapshots.forget(transaction, top.id)
+    with pytest.raises(NotFound, match="'top' was removed meanwhile"):
+        add("second", top)

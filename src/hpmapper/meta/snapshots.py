@@ -63,6 +63,9 @@ _COLUMNS = (
 )
 _KINDS = {kind.value: kind for kind in Kind}
 
+_READY = "SELECT 1 FROM snapshot WHERE id = ?1 AND state = 'ready'"
+"""Whether a snapshot may be a parent: its row outlives its removal until the storage is gone."""
+
 _CHAINS_KEPT = 1024
 """Chains that are remembered at a time."""
 
@@ -210,27 +213,32 @@ def add(db: Transaction, key: str, kind: Kind, parent: Snapshot | None) -> Snaps
 def _insert(
     db: Transaction, key: str, kind: Kind, parent: Snapshot | None, state: str, owner: str | None, now: int
 ) -> SnapshotId:
-    if parent is not None:
-        if parent.kind is not Kind.COMMITTED:
-            raise InvalidArgument(f"parent {parent.key!r} is not committed")
-        _require_ready(db, parent)
+    if parent is not None and parent.kind is not Kind.COMMITTED:
+        raise InvalidArgument(f"parent {parent.key!r} is not committed")
     try:
+        # In one statement, as starting a container waits for it: without a ready parent the state is NULL, and refused.
         cursor = db.execute(
-            "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (key, str(kind), state, owner, parent.id if parent else None, now, now),
+            "INSERT INTO snapshot (parent, state, key, kind, owner, created, updated) "
+            f"VALUES (?1, iif(?1 IS NULL OR EXISTS ({_READY}), ?2, NULL), ?3, ?4, ?5, ?6, ?6)",
+            (parent.id if parent else None, state, key, str(kind), owner, now),
         )
     except sqlite3.IntegrityError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_UNIQUE:
             raise AlreadyExists(f"snapshot {key!r} exists already") from None
-        raise NotFound(f"parent of snapshot {key!r} is gone") from None
+        if parent is None:
+            raise
+        raise _gone(parent) from None
     assert cursor.lastrowid is not None
     return SnapshotId(cursor.lastrowid)
 
 
 def _require_ready(db: Transaction, parent: Snapshot) -> None:
-    """A row outlives its removal until the storage is gone: being there is not enough for a parent."""
-    if not _rows(db, "SELECT 1 FROM snapshot WHERE id = ? AND state = 'ready'", parent.id):
-        raise NotFound(f"parent {parent.key!r} was removed meanwhile", hint="try again")
+    if not _rows(db, _READY, parent.id):
+        raise _gone(parent)
+
+
+def _gone(parent: Snapshot) -> NotFound:
+    return NotFound(f"parent {parent.key!r} was removed meanwhile", hint="try again")
 
 
 def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: SnapshotId, parent: Snapshot | None) -> None:
