@@ -12,24 +12,28 @@ import pytest
 from hpmapper.meta import schema
 from hpmapper.meta.db import Database
 
-_MADE = re.compile(r"CREATE TABLE (\w+)|ALTER TABLE (\w+) ADD COLUMN (\w+)")
+_MADE = re.compile(r"CREATE (TABLE|TRIGGER) (\w+)|ALTER TABLE (\w+) ADD COLUMN (\w+)")
 
 
-def _columns(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:
+def _schema(db: sqlite3.Connection) -> dict[str, object]:
+    """The columns of each table, the text of each index and trigger."""
     tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    return {table: db.execute(f"PRAGMA table_info({table})").fetchall() for table in tables}
+    columns = {table: db.execute(f"PRAGMA table_info({table})").fetchall() for table in tables}
+    return columns | dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type <> 'table'"))
 
 
-def _columns_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
+def _schema_of(path: Path) -> dict[str, object]:
     with closing(sqlite3.connect(path)) as db:
-        return _columns(db)
+        return _schema(db)
 
 
 def _take_back(db: sqlite3.Connection, version: int) -> None:
     """Undo what the migrations from `version` on bring."""
     for later in range(version, schema.VERSION):
-        for table, altered, column in _MADE.findall(schema.MIGRATIONS[later]):
-            db.execute(f"DROP TABLE IF EXISTS {table}" if table else f"ALTER TABLE {altered} DROP COLUMN {column}")
+        for kind, name, altered, column in _MADE.findall(schema.MIGRATIONS[later]):
+            db.execute(f"DROP {kind} IF EXISTS {name}" if kind else f"ALTER TABLE {altered} DROP COLUMN {column}")
+    db.execute("DROP INDEX snapshot_layer")
+    db.execute("CREATE INDEX snapshot_layer ON snapshot (layer)")
     if version == 4:
         db.execute(schema.MIGRATIONS[3])  # what the next one takes away
     db.execute(f"PRAGMA user_version = {version}")
@@ -42,10 +46,10 @@ def test_an_older_database_becomes_as_a_new_one(tmp_path: Path, version: int) ->
     with sqlite3.connect(tmp_path / "old") as older:
         older.execute("INSERT INTO setting VALUES ('driver', 'kept')")
         _take_back(older, version)
-        assert _columns(older) != _columns_of(tmp_path / "new")
+        assert _schema(older) != _schema_of(tmp_path / "new")
     older.close()
     db = Database(tmp_path / "old")
     assert db.row("PRAGMA user_version")[0] == schema.VERSION
     assert db.setting("driver") == "kept"
     db.close()
-    assert _columns_of(tmp_path / "old") == _columns_of(tmp_path / "new")
+    assert _schema_of(tmp_path / "old") == _schema_of(tmp_path / "new")

@@ -89,6 +89,7 @@ def test_profiles_of_an_older_database_are_kept(tmp_path: Path) -> None:
         with opened.transaction() as transaction:
             images.add_image(transaction, "sha256:1", b"{}", SnapshotId(top), 0)
     with closing(sqlite3.connect(tmp_path / "db")) as raw:
+        raw.execute("DROP TRIGGER chain_changed")
         raw.execute("DROP TABLE chain_profile")
         raw.executescript(schema.MIGRATIONS[3])
         raw.execute("INSERT INTO start_profile VALUES ('sha256:1', x'6f6e65', 5)")

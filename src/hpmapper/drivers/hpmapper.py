@@ -312,9 +312,9 @@ class HpmapperDriver(UpperDriver):
     def _mounted(self, path: str) -> str:
         """Where the map in the directory `path` is mounted; mounts it if it is not."""
         target = f"{path}/m"
-        if not self._is_mounted(target):
+        if not self._is_mounted(path):
             with lock.exclusive(path):
-                if not self._is_mounted(target):
+                if not self._is_mounted(path):
                     form = mount.erofs(f"{path}/map", target, form=self._map_form)
                     if form is mount.ErofsForm.FILE:
                         _read_ahead(f"{path}/map")

@@ -124,7 +124,7 @@ def require_default(limits: Limits, option: str, size: int | None) -> None:
 def limit_of(top: Path | str) -> int | None:
     """The size that a directory was limited to, in bytes; None: without limit."""
     mark = f"{top}/{_MARK}"
-    if not os.path.exists(mark):  # a quarter of the time of a failing open, which every start would wait for
+    if not os.access(mark, os.F_OK):  # every start asks, and exists() and open take four times as long to say no
         return None
     with open(mark, encoding="ascii") as file:
         return int(file.read())

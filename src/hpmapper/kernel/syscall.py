@@ -116,7 +116,7 @@ def _c(argument: Argument) -> object:
     if isinstance(argument, int):
         return ctypes.c_long(argument)
     if argument is None or isinstance(argument, bytes):
-        return ctypes.c_char_p(argument)
+        return argument  # a pointer to it
     return ctypes.byref(argument)
 
 

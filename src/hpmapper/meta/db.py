@@ -11,6 +11,7 @@ from typing import Any
 
 from hpmapper.errors import Corrupt, FailedPrecondition, NoSpace, Unsupported
 from hpmapper.meta.schema import MIGRATIONS, SCHEMA, VERSION
+from hpmapper.model import SnapshotId
 
 _BUSY_SECONDS = 60.0
 
@@ -31,6 +32,8 @@ class Database:
         """
         self.path = path
         self._local = threading.local()
+        self.chains: dict[SnapshotId, tuple[str | None, list[SnapshotId]]] = {}
+        """What `snapshots.layers_below` keeps of what it found."""
         self._writer = threading.Lock()  # SQLite's own waiting between connections is by sleeping
         self._connections: list[sqlite3.Connection] = []
         with translated(path):
@@ -61,13 +64,12 @@ class Database:
         has written to yet), and ten times cheaper.
         """
         connection = self._connection()
-        with translated(self.path):
-            if self._local.batch is not None:
-                with self._local.batch.part(connection):
-                    yield connection
-            else:
-                with self._transaction(connection, durable=durable):
-                    yield connection
+        batch: _Batch | None = self._local.batch
+        try:
+            # One generator in the other: starting a container waits for this, and each `with` takes its time.
+            yield from batch.part(connection) if batch else self._transaction(connection, durable=durable)
+        except sqlite3.DatabaseError as error:
+            raise _explained(error, self.path) from error
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -77,7 +79,8 @@ class Database:
         """
         connection = self._connection()
         with translated(self.path), ExitStack() as stack:
-            batch = _Batch(lambda: stack.enter_context(self._transaction(connection, durable=True)))
+            begin = contextmanager(self._transaction)
+            batch = _Batch(lambda: stack.enter_context(begin(connection, durable=True)))
             self._local.batch = batch
             try:
                 yield
@@ -108,20 +111,23 @@ class Database:
             finally:
                 connection.execute("ROLLBACK")
 
-    @contextmanager
-    def _transaction(self, connection: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
+    def _transaction(self, connection: sqlite3.Connection, *, durable: bool) -> Iterator[sqlite3.Connection]:
         with self._writer:
             if self._local.durable is not durable:
                 connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._local.durable = durable
             connection.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                yield connection
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:  # SQLite ends it by itself when there is no space left
                     connection.execute("ROLLBACK")
                 raise
+
+    def in_transaction(self) -> bool:
+        """Whether this thread's queries see its own state of the database, not the one that all see now."""
+        return self._connection().in_transaction
 
     def rows(self, sql: str, *values: object) -> list[Any]:
         """The rows of a query, as `sqlite3.Row`."""
@@ -199,9 +205,8 @@ class _Batch:
         self._begin = begin
         self._begun = False
 
-    @contextmanager
-    def part(self, connection: sqlite3.Connection) -> Iterator[None]:
-        """A transaction that is a part of it."""
+    def part(self, connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+        """A transaction that is a part of it, for `Database.transaction`."""
         if not self._begun:
             self._begin()
             self._begun = True
@@ -210,7 +215,7 @@ class _Batch:
             raise NoSpace("the database could not take what was recorded together with this", hint="try again")
         connection.execute("SAVEPOINT part")
         try:
-            yield
+            yield connection
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK TO part")

@@ -6,8 +6,11 @@ objects and maps raw BLAKE3, digests of OCI things text ("sha256:…").
 
 from __future__ import annotations
 
-VERSION = 5
+VERSION = 6
 """Kept in `PRAGMA user_version`. A newer one is refused, an older one migrated by `MIGRATIONS`."""
+
+CHAINS_CHANGED = "chains_changed"
+"""The setting that has another value whenever a committed snapshot has got another layer."""
 
 _FRONT_ENDS = """
 -- What containerd's differ read for an active snapshot: the layer lies below its own storage, and becomes it at commit.
@@ -58,10 +61,22 @@ CREATE TABLE chain_profile (
 ) WITHOUT ROWID;
 """
 
+_CHAINS = f"""
+-- Not one of every active snapshot, which has none.
+CREATE INDEX snapshot_layer ON snapshot (layer) WHERE layer IS NOT NULL;
+
+-- Who remembers chains of layers finds here that they hold no longer, whoever changed them. Random, as what is rolled
+-- back must not come again. (A snapshot that is committed or removed changes none: NULL is not <> anything.)
+CREATE TRIGGER chain_changed AFTER UPDATE OF layer ON snapshot WHEN old.layer <> new.layer
+BEGIN
+    INSERT OR REPLACE INTO setting VALUES ('{CHAINS_CHANGED}', hex(randomblob(16)));
+END;
+"""
+
 SCHEMA = (
     """
--- What holds for the whole root: 'driver', 'pool' (json), 'boot_id' of the last full reconciliation, and running
--- totals, 'total:NAME' (hpmapper.meta.totals).
+-- What holds for the whole root: 'driver', 'pool' (json), 'boot_id' of the last full reconciliation, 'chains_changed'
+-- (see its trigger), and running totals, 'total:NAME' (hpmapper.meta.totals).
 CREATE TABLE setting (
     key   TEXT PRIMARY KEY,
     value TEXT NOT NULL
@@ -98,7 +113,6 @@ CREATE TABLE snapshot (
     CHECK ((state = 'creating') <= (owner IS NOT NULL))
 );
 CREATE INDEX snapshot_parent ON snapshot (parent);
-CREATE INDEX snapshot_layer ON snapshot (layer);
 CREATE INDEX snapshot_unfinished ON snapshot (state) WHERE state <> 'ready';
 
 -- Keeps the layers of an image that is being brought in until the image itself is recorded.
@@ -156,6 +170,7 @@ CREATE TABLE container (
     + _FRONT_ENDS
     + _SIZE_LIMIT
     + _CHAIN_PROFILES
+    + _CHAINS
 )
 
 MIGRATIONS: dict[int, str] = {
@@ -169,5 +184,6 @@ FROM start_profile JOIN image ON image.id = start_profile.image JOIN snapshot ON
 WHERE snapshot.key LIKE 'sha256:%';
 DROP TABLE start_profile;
 """,
+    5: "DROP INDEX snapshot_layer;\n" + _CHAINS,
 }
 """From version N to N + 1."""

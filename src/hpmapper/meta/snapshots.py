@@ -10,15 +10,15 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpmapper.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from hpmapper.meta.db import Database
+from hpmapper.meta.schema import CHAINS_CHANGED
 from hpmapper.model import Kind, ObjectDigest, SnapshotId
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A snapshot as the database has it; see `schema.py` for the columns. `applied`: what a differ read into it."""
 
     id: SnapshotId
@@ -63,6 +63,12 @@ _COLUMNS = (
 )
 _KINDS = {kind.value: kind for kind in Kind}
 
+_READY = "SELECT 1 FROM snapshot WHERE id = ?1 AND state = 'ready'"
+"""Whether a snapshot may be a parent: its row outlives its removal until the storage is gone."""
+
+_CHAINS_KEPT = 1024
+"""Chains that are remembered at a time."""
+
 
 def _snapshot(row: Any) -> Snapshot:
     number, key, kind, parent, layer_id, created, updated, applied = row  # by position: this is on every call's path
@@ -101,9 +107,24 @@ def walk(db: Database) -> Iterator[Snapshot]:
 
 
 def layers_below(db: Database, parent: SnapshotId | None) -> list[SnapshotId]:
-    """The storage ids of a chain of committed snapshots, nearest first."""
+    """The storage ids of a chain of committed snapshots, nearest first.
+
+    Each start asks three times, so what was found is kept. It holds until the database notes that a chain has changed.
+    """
     if parent is None:
         return []
+    if db.in_transaction():  # what this sees may never come to be
+        return _layers_below(db, parent)
+    changed = db.setting(CHAINS_CHANGED)  # asked first: what is kept under it is never older than it
+    kept = db.chains.get(parent)
+    if kept is None or kept[0] != changed:
+        if len(db.chains) >= _CHAINS_KEPT:
+            db.chains.clear()
+        kept = db.chains[parent] = (changed, _layers_below(db, parent))
+    return kept[1].copy()
+
+
+def _layers_below(db: Database, parent: SnapshotId) -> list[SnapshotId]:
     rows = db.rows(
         """WITH RECURSIVE chain (id, parent, layer, depth) AS (
                SELECT id, parent, layer, 0 FROM snapshot WHERE id = ?
@@ -192,27 +213,32 @@ def add(db: Transaction, key: str, kind: Kind, parent: Snapshot | None) -> Snaps
 def _insert(
     db: Transaction, key: str, kind: Kind, parent: Snapshot | None, state: str, owner: str | None, now: int
 ) -> SnapshotId:
-    if parent is not None:
-        if parent.kind is not Kind.COMMITTED:
-            raise InvalidArgument(f"parent {parent.key!r} is not committed")
-        _require_ready(db, parent)
+    if parent is not None and parent.kind is not Kind.COMMITTED:
+        raise InvalidArgument(f"parent {parent.key!r} is not committed")
     try:
+        # In one statement, as starting a container waits for it: without a ready parent the state is NULL, and refused.
         cursor = db.execute(
-            "INSERT INTO snapshot (key, kind, state, owner, parent, created, updated) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (key, kind, state, owner, parent.id if parent else None, now, now),
+            "INSERT INTO snapshot (parent, state, key, kind, owner, created, updated) "
+            f"VALUES (?1, iif(?1 IS NULL OR EXISTS ({_READY}), ?2, NULL), ?3, ?4, ?5, ?6, ?6)",
+            (parent.id if parent else None, state, key, str(kind), owner, now),
         )
     except sqlite3.IntegrityError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_UNIQUE:
             raise AlreadyExists(f"snapshot {key!r} exists already") from None
-        raise NotFound(f"parent of snapshot {key!r} is gone") from None
+        if parent is None:
+            raise
+        raise _gone(parent) from None
     assert cursor.lastrowid is not None
     return SnapshotId(cursor.lastrowid)
 
 
 def _require_ready(db: Transaction, parent: Snapshot) -> None:
-    """A row outlives its removal until the storage is gone: being there is not enough for a parent."""
-    if not _rows(db, "SELECT 1 FROM snapshot WHERE id = ? AND state = 'ready'", parent.id):
-        raise NotFound(f"parent {parent.key!r} was removed meanwhile", hint="try again")
+    if not _rows(db, _READY, parent.id):
+        raise _gone(parent)
+
+
+def _gone(parent: Snapshot) -> NotFound:
+    return NotFound(f"parent {parent.key!r} was removed meanwhile", hint="try again")
 
 
 def committed(db: Transaction, snapshot: SnapshotId, key: str, layer_id: SnapshotId, parent: Snapshot | None) -> None:
