@@ -23,6 +23,8 @@ from hpmapper.errors import InvalidArgument, Unsupported
 from hpmapper.image.documents import ImportOptions
 from hpmapper.images import Images
 from hpmapper.kernel.probe import probe_all
+from hpmapper.meta import snapshots
+from hpmapper.meta.snapshots import Snapshot
 from hpmapper.root import open_root
 
 
@@ -93,6 +95,12 @@ class DriverSide:
         command = ["env", "-u", "PYTHONDONTWRITEBYTECODE", sys.executable, "-m", "hpmapper.cli.main"]
         root = ["--root", str(self.config.root), "--storage-opt", "min_free_space=0"]
         return spent([*command, *root, "image", "import", f"oci:{layout}", image])
+
+    def top(self, image: str) -> Snapshot:
+        """The uppermost snapshot of an image."""
+        number = self._images.find(image).top
+        assert number is not None, "benchmarks' images have layers"
+        return snapshots.by_id(self.engine.db, number)
 
     def prepare(self, container: str, image: str) -> None:
         self._containers.create(image, container)

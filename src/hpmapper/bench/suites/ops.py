@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from hpmapper.bench.harness import Bench, NotHere, Run, Side, Turn, case, image
 from hpmapper.bench.results import Axis, Quantity
+from hpmapper.bench.sides import DriverSide
 from hpmapper.bench.synthetic import Files, small_files
+from hpmapper.drivers.upper import UpperDriver
 from hpmapper.kernel import mount
 from hpmapper.kernel.sync import syncfs
+from hpmapper.meta import snapshots
 
 _TIMES = 20
 """Operations in a run."""
@@ -91,6 +97,69 @@ def limits(side: Side, bench: Bench) -> Iterator[Run]:
 
     yield run
     lower.rmdir()
+
+
+@case(
+    "ops",
+    quantities=[
+        Quantity("create and mount", "ms", "lower", "the same by hand"),
+        Quantity("by hand", "ms", "lower", "four mkdir(2) and one mount(2)"),
+        Quantity("ratio", "times", "lower", "1"),
+    ],
+    kinds=("driver",),
+)
+@contextmanager
+def create(side: Side, bench: Bench) -> Iterator[Run]:
+    """A snapshot made and mounted by the engine, as a running daemon does it; and by hand, four mkdir(2) and one
+    mount(2) of the same layers. In turns, and each first as often as the other, since whoever is second finds the
+    kernel's paths warm. The ratio is that of the run's medians."""
+    if not isinstance(side, DriverSide) or not isinstance(side.engine.driver, UpperDriver):
+        raise NotHere("its roots are no overlays")
+
+    def ours(name: str) -> Path:
+        return side.engine.mount(side.engine.prepare(name, top))
+
+    def by_hand(name: str) -> None:
+        for path in (f"{by}/{name}", f"{by}/{name}/u", f"{by}/{name}/w", f"{by}/{name}/m"):
+            os.mkdir(path)
+        options = {"index": "off", "metacopy": "off", "redirect_dir": "nofollow"}
+        upper, work = f"{by}/{name}/u", f"{by}/{name}/w"
+        mount.overlay(f"{by}/{name}/m", lowers=lowers, data=data, upper=upper, work=work, options=options)
+
+    def run(turn: Turn) -> None:
+        took: dict[str, list[float]] = {"create and mount": [], "by hand": []}
+        for number in range(4 if bench.short else 10 * _TIMES):
+            name = f"create-{turn.number}-{number}"
+            both = [("create and mount", ours), ("by hand", by_hand)]
+            for quantity, make in both if number % 2 else reversed(both):
+                begin = time.perf_counter()
+                make(name)
+                took[quantity].append((time.perf_counter() - begin) * 1e3)
+            side.engine.remove(snapshots.get(side.engine.db, name))
+            mount.umount(f"{by}/{name}/m")
+            shutil.rmtree(f"{by}/{name}")
+        for quantity, samples in took.items():
+            for sample in samples:
+                turn.note(quantity, sample)
+        turn.note("ratio", statistics.median(took["create and mount"]) / statistics.median(took["by hand"]))
+
+    with image(side, bench.synthetic("ops", [small_files(10)]), "ops") as name:
+        top = side.top(name)
+        by = side.home / "by-hand"
+        by.mkdir()
+        lowers, data = _layers(ours("first"))
+        run(Turn(-1, bench.at))  # statements are prepared
+        yield run
+        side.engine.remove(snapshots.get(side.engine.db, "first"))
+        by.rmdir()
+
+
+def _layers(root: Path) -> tuple[list[str], list[str]]:
+    """The lower layers of an overlay, and its data-only ones, as the kernel tells them."""
+    (found,) = (one for one in mount.mounts() if one.target == str(root))
+    options = dict(option.partition("=")[::2] for option in found.super_options.split(","))
+    lowers, *data = options["lowerdir"].split("::")
+    return lowers.split(":"), data
 
 
 @case(
