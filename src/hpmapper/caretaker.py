@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 from hpmapper.engine import Engine
 from hpmapper.errors import FailedPrecondition, HpmapperError, NotFound
-from hpmapper.labels import TARGET_LABEL
 from hpmapper.meta import snapshots
 from hpmapper.meta.snapshots import Snapshot
 from hpmapper.model import SnapshotId
@@ -186,12 +185,12 @@ class Caretaker:
             log.warning("the image of snapshot %s is not made ready: %s", top, error)
 
     def _ingest_sealed(self) -> None:
-        sealed = snapshots.sealed_of_images(self._engine.db, TARGET_LABEL)
+        sealed = snapshots.sealed_of_images(self._engine.db)
         waiting = [one for one in sealed if one not in self._hopeless]
         if not waiting:
             self._sealed = False
             self._collect = True
-            for top in snapshots.tops(self._engine.db, TARGET_LABEL):
+            for top in snapshots.tops(self._engine.db):
                 self._make_ready(top.id)
             return
         try:

@@ -37,8 +37,6 @@ root=$1
 shift 2
 exec chroot "$root" /usr/sbin/dockerd "$@"
 """
-
-
 _MOUNTS = {"devicemapper": ("mnt/{}", "/rootfs"), "overlay2": ("{}/merged", "")}
 """By driver: where it mounts what has a number, and where in that the root file system is."""
 
@@ -155,7 +153,7 @@ class Docker:
         Raises:
             Failed: it is so small that the export ends by itself.
         """
-        number = (self._root_seen(f"{self._data}/image/{self._driver}/layerdb/mounts/{container}/mount-id")).read_text()
+        number = self._root_seen(f"{self._data}/image/{self._driver}/layerdb/mounts/{container}/mount-id").read_text()
         place, root = _MOUNTS[self._driver]
         inside = f"{self._data}/{self._driver}/{place.format(number)}"
         connection = UnixConnection(self._root / "docker.sock", _SECONDS * 10)

@@ -62,9 +62,13 @@ disabled_plugins = [
 """
 
 
+def _place() -> Path:
+    return gobuild.cache() / "trees" / "peers"
+
+
 def tree() -> Path:
     """The tree that containerd runs from, made on first use."""
-    directory = gobuild.cache() / "trees" / "peers"
+    directory = _place()
     if not (directory / "usr/bin/containerd").exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         stale = ("--aptopt=Acquire::Check-Valid-Until false", "--aptopt=Acquire::Check-Date false")
@@ -393,16 +397,10 @@ def _needs(*programs: str, remark: str = "") -> Callable[[], str]:
     return why_not
 
 
-def _why_no_containerd() -> str:
-    if (gobuild.cache() / "trees" / "peers").exists():
-        return ""
-    return _needs("mmdebstrap", remark="it builds the Debian tree that containerd runs from")()
-
-
-def _why_no_docker() -> str:
-    if dockerpeer.has_overlay2_tree():
-        return ""
-    return _needs("mmdebstrap", remark="it builds the Debian tree that Docker runs from")()
+def _needs_tree(has: Callable[[], bool], program: str) -> Callable[[], str]:
+    """Of a side that runs out of a Debian tree: it is there, or can be built."""
+    needs = _needs("mmdebstrap", remark=f"it builds the Debian tree that {program} runs from")
+    return lambda: "" if has() else needs()
 
 
 def _never(ground: Ground) -> NoReturn:
@@ -415,7 +413,7 @@ _FUSE = ("overlay.mount_program=/usr/bin/fuse-overlayfs",)
 def _snapshotter(kind: str, file_system: str) -> Peer:
     name = f"containerd-{kind}"
     opener = partial(_containerd, name=name, file_system=file_system, snapshotter=kind)
-    return Peer(name, _why_no_containerd, opener)
+    return Peer(name, _needs_tree(lambda: _place().exists(), "containerd"), opener)
 
 
 PEERS = (
@@ -433,7 +431,7 @@ PEERS = (
         _needs("fuse-overlayfs", "containers-storage", "skopeo"),
         partial(_storage, name="fuse-overlayfs", options=_FUSE),
     ),
-    Peer(dockerpeer.OVERLAY2, _why_no_docker, dockerpeer.overlay2),
+    Peer(dockerpeer.OVERLAY2, _needs_tree(dockerpeer.has_overlay2_tree, "Docker"), dockerpeer.overlay2),
     Peer(dockerpeer.DEVICEMAPPER, dockerpeer.why_no_devicemapper, dockerpeer.devicemapper),
     Peer("composefs", _needs("mkcomposefs", "mount.composefs"), _never),
     Peer("stargz", _needs("containerd-stargz-grpc"), _never),

@@ -10,23 +10,15 @@ import time
 from typing import NamedTuple
 
 from hpmapper.errors import NotFound
-from hpmapper.labels import TARGET_LABEL
 from hpmapper.meta import snapshots
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Snapshot, Transaction
 from hpmapper.model import SnapshotId
 
-_NAMED = f"""
-SELECT snapshot, value AS chain_id FROM label WHERE name = '{TARGET_LABEL}'
-UNION SELECT id, substr(key, -{snapshots.CHAIN_ID_SIZE}) FROM snapshot WHERE {snapshots.HAS_CHAIN_ID_FOR_KEY}
-"""
-"""The chain IDs by which containerd knows committed snapshots, by a label or by their keys: where it unpacked the
-layers itself, we know none."""
-
 _HERE = f"""
 SELECT key FROM snapshot WHERE kind = 'committed' AND state = 'ready'
 UNION SELECT chain_id FROM chain
-UNION SELECT chain_id FROM ({_NAMED})
+UNION SELECT chain_id FROM ({snapshots.OF_IMAGES})
 """
 """The chain IDs of what is here."""
 
@@ -58,14 +50,14 @@ def _chain_id(db: Database, row: Snapshot) -> str | None:
         return None
     known = snapshots.chain_id_of(db, row)
     if known is None:
-        named = db.row(f"SELECT chain_id FROM ({_NAMED}) WHERE snapshot = ?", row.id)
+        named = db.row(f"SELECT chain_id FROM ({snapshots.OF_IMAGES}) WHERE snapshot = ?", row.id)
         known = str(named[0]) if named else None
     return known
 
 
 def labelled(db: Database, chain_id: str) -> list[Snapshot]:
     """The committed snapshots that containerd knows by that chain ID."""
-    rows = db.rows(f"SELECT snapshot FROM ({_NAMED}) WHERE chain_id = ?", chain_id)
+    rows = db.rows(f"SELECT DISTINCT snapshot FROM ({snapshots.OF_IMAGES}) WHERE chain_id = ?", chain_id)
     found = [snapshots.by_id(db, SnapshotId(row[0])) for row in rows]
     return [one for one in found if one.layer is not None]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hpmapper.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from hpmapper.labels import TARGET_LABEL
 from hpmapper.meta.db import Database
 from hpmapper.meta.schema import CHAINS_CHANGED
 from hpmapper.model import Kind, ObjectDigest, SnapshotId
@@ -550,30 +551,30 @@ def sealed_layers(db: Database) -> list[SnapshotId]:
     return [SnapshotId(row[0]) for row in rows]
 
 
-CHAIN_ID_SIZE = len("sha256:") + 64
-HAS_CHAIN_ID_FOR_KEY = f"kind = 'committed' AND substr(key, -{CHAIN_ID_SIZE}, 7) = 'sha256:'"
-"""What holds for snapshots whose keys are chain IDs, perhaps with a prefix of containerd's."""
+_CHAIN_ID = len("sha256:") + 64
+OF_IMAGES = f"""
+SELECT snapshot, value AS chain_id FROM label WHERE name = '{TARGET_LABEL}'
+UNION ALL SELECT id, substr(key, -{_CHAIN_ID}) FROM snapshot
+WHERE kind = 'committed' AND substr(key, -{_CHAIN_ID}, 7) = 'sha256:'
+"""
+"""The snapshots that are images' layers, and the chain IDs by which containerd knows them: by a label, or by their
+keys, since containerd 1.6's own client unpacks without one. Those that have both are in it twice."""
 
-_OF_IMAGES = f"SELECT snapshot FROM label WHERE name = ?1 UNION SELECT id FROM snapshot WHERE {HAS_CHAIN_ID_FOR_KEY}"
 
-
-def sealed_of_images(db: Database, label: str) -> list[SnapshotId]:
-    """As `sealed_layers`, of snapshots that are an image's: with the label, or a key that ends in a chain ID.
-
-    (containerd 1.6's own client unpacks without a label.)
-    """
-    users = f"SELECT layer FROM snapshot WHERE id IN ({_OF_IMAGES})"
-    rows = db.rows(f"SELECT id FROM layer WHERE sealed AND id IN ({users}) ORDER BY id", label)
+def sealed_of_images(db: Database) -> list[SnapshotId]:
+    """As `sealed_layers`, of snapshots that are images' layers."""
+    users = f"SELECT layer FROM snapshot WHERE id IN (SELECT snapshot FROM ({OF_IMAGES}))"
+    rows = db.rows(f"SELECT id FROM layer WHERE sealed AND id IN ({users}) ORDER BY id")
     return [SnapshotId(row[0]) for row in rows]
 
 
-def tops(db: Database, label: str) -> list[Snapshot]:
-    """The committed snapshots of images, as above, on which there is no other one."""
+def tops(db: Database) -> list[Snapshot]:
+    """The committed snapshots that are images' layers and on which there is no other one."""
+    images = f"SELECT snapshot FROM ({OF_IMAGES})"
     rows = db.rows(
-        f"SELECT {_COLUMNS} FROM snapshot WHERE kind = 'committed' AND state = 'ready' AND id IN ({_OF_IMAGES}) "
+        f"SELECT {_COLUMNS} FROM snapshot WHERE kind = 'committed' AND state = 'ready' AND id IN ({images}) "
         "AND NOT EXISTS (SELECT 1 FROM snapshot AS child WHERE child.parent = snapshot.id "
-        f"AND child.id IN ({_OF_IMAGES}) AND child.kind = 'committed')",
-        label,
+        f"AND child.id IN ({images}) AND child.kind = 'committed')"
     )
     return [_snapshot(row) for row in rows]
 
