@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import stat
 from collections import Counter
-from collections.abc import Iterable
-from itertools import islice
 from typing import NamedTuple
 
 from hpmapper.erofs import dirents
@@ -44,9 +42,10 @@ class Scan:
 
     Attributes:
         inodes: each once, directory by directory; the root first.
-        links: the link counts that are not 1, by `id` of the inode.
-        parents: each directory's parent, by `id`.
-        sizes: bytes of each directory's entries, by `id`.
+        links: the link counts that are not 1, by inode.
+        parents: each directory's parent.
+        sizes: bytes of each directory's entries.
+        uses: the xattrs of each of `inodes`, in their order.
         epoch: the most common mtime: the one that compact inodes have.
         xattrs: the bodies of xattrs, made from what recurs.
     """
@@ -56,16 +55,17 @@ class Scan:
             raise InvalidArgument("the root of a map must be a directory")
         self.root = root
         self.inodes: list[Inode] = []
-        self.links: dict[int, int] = {}
-        self.parents = {id(root): root}
-        self.sizes: dict[int, int] = {}
+        self.links: dict[Inode, int] = {}
+        self.parents = {root: root}
+        self.sizes: dict[Inode, int] = {}
         self._descend()
         times = Counter([inode.mtime_ns for inode in self.inodes])
         self.epoch = min(times, key=lambda time: (-times[time], time))
-        self.xattrs = XattrTable(Counter(use for use in map(use_of, self.inodes) if use))
+        self.uses = list(map(use_of, self.inodes))
+        self.xattrs = XattrTable(Counter(use for use in self.uses if use))
 
     def _descend(self) -> None:
-        seen = {id(self.root)}
+        seen = {self.root}
         self.inodes.append(self.root)
         stack = [self.root]
         while stack:
@@ -73,25 +73,25 @@ class Scan:
             children = directory.entries()
             names = sorted(children)
             self._check_names(directory, names)
-            self.sizes[id(directory)] = dirents.size_of(names)
+            self.sizes[directory] = dirents.size_of(names)
             below = []
             for name in names:
                 child = children[name]
                 if child.children is not None:
                     below.append(child)
-                if (key := id(child)) in seen:
+                if child in seen:
                     self._link(name, child)
                 else:
-                    seen.add(key)
+                    seen.add(child)
                     self.inodes.append(child)
-            self.links[id(directory)] = 2 + len(below)
-            self.parents.update((id(child), directory) for child in below)
+            self.links[directory] = 2 + len(below)
+            self.parents.update((child, directory) for child in below)
             stack.extend(reversed(below))
 
     def _link(self, name: bytes, inode: Inode) -> None:
         if inode.children is not None:
             raise InvalidArgument(f"{show(name)}: one directory under two names")
-        self.links[id(inode)] = self.links.get(id(inode), 1) + 1
+        self.links[inode] = self.links.get(inode, 1) + 1
 
     def _check_names(self, directory: Inode, names: list[bytes]) -> None:
         joined = b"".join(names)  # one search of all is many times faster than one search of each
@@ -158,9 +158,9 @@ class Layout:
 
     Attributes:
         inodes: in the order of their places.
-        nids: their numbers, by `id`.
-        shapes: how each is stored, by `id`.
-        blocks: the first block of data that is not behind its inode, by `id`.
+        nids: their numbers.
+        shapes: how each is stored.
+        blocks: the first block of data that is not behind its inode.
         directories, files: the inodes with such data, in the order of their blocks.
         has_chunks: whether any inode is chunk-based.
         xattr_block: where the shared xattrs are.
@@ -169,47 +169,46 @@ class Layout:
 
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
-        self.nids: dict[int, int] = {}
-        self.shapes: dict[int, Shape] = {}
-        self.blocks: dict[int, int] = {}
+        self.nids: dict[Inode, int] = {}
+        self.shapes: dict[Inode, Shape] = {}
+        self.blocks: dict[Inode, int] = {}
         self.directories: list[Inode] = []
         self.files: list[Inode] = []
         self.has_chunks = False
         packer = Packer()
         # The root comes before all else: the superblock has only 16 bits for its number.
-        self._place(packer, scan.inodes[:1])
+        self._place(packer, 0, 1)
         self.xattr_block = packer.take_blocks(len(scan.xattrs.area))
-        self._place(packer, islice(scan.inodes, 1, None))
-        nids = self.nids
-        self.inodes = sorted(scan.inodes, key=lambda inode: nids[id(inode)])
+        self._place(packer, 1, len(scan.inodes))
+        self.inodes = sorted(scan.inodes, key=self.nids.__getitem__)
         for inode in (*self.directories, *self.files):
-            self.blocks[id(inode)] = packer.take_blocks(self.shapes[id(inode)].blocks * _BLOCK)
+            self.blocks[inode] = packer.take_blocks(self.shapes[inode].blocks * _BLOCK)
         self.image_blocks = packer.end // _BLOCK
         if self.image_blocks > _U32:
             raise InvalidArgument("the map would be larger than 16 TiB", hint="keep large files as objects")
 
-    def _place(self, packer: Packer, inodes: Iterable[Inode]) -> None:
-        nids, shapes = self.nids, self.shapes
-        for inode in inodes:
+    def _place(self, packer: Packer, start: int, end: int) -> None:
+        nids, shapes, uses = self.nids, self.shapes, self.scan.uses
+        for inode, use in zip(self.scan.inodes[start:end], uses[start:end], strict=True):
             try:
-                shape = self._shape(inode)
+                shape = self._shape(inode, use)
             except InvalidArgument as error:
                 raise blame(self.scan.root, inode, str(error)) from None
-            head, layout, _, xattrs, _, chunks, tail, blocks = shapes[id(inode)] = shape
-            nids[id(inode)] = packer.place(head + xattrs + chunks + tail) >> fmt.SLOT_BITS
+            shapes[inode] = shape
+            head, layout, _, xattrs, _, chunks, tail, blocks = shape
+            nids[inode] = packer.place(head + xattrs + chunks + tail) >> fmt.SLOT_BITS
             if layout == fmt.LAYOUT_CHUNK:
                 self.has_chunks = True
             if blocks:
                 (self.files if inode.children is None else self.directories).append(inode)
 
-    def _shape(self, inode: Inode) -> Shape:
+    def _shape(self, inode: Inode, use: Use | None) -> Shape:
         """How to store `inode`.
 
         Raises:
             InvalidArgument: it is not what EROFS can store.
         """
         scan = self.scan
-        use = use_of(inode)
         xattrs = len(scan.xattrs.body(use)) if use else 0
         size = self._size(inode)
         compact = (
@@ -217,7 +216,7 @@ class Layout:
             and inode.uid <= _U16
             and inode.gid <= _U16
             and size <= _U32
-            and scan.links.get(id(inode), 1) <= _U16
+            and scan.links.get(inode, 1) <= _U16
         )
         head = _COMPACT if compact else _EXTENDED
         if use and use.kind == OBJECT:
@@ -235,7 +234,7 @@ class Layout:
         if inode.content is not None or kind not in fmt.FILE_TYPES:
             raise InvalidArgument(f"mode {inode.mode:#o} and content {inode.content!r:.80} do not fit")
         if kind == DIR:
-            return self.scan.sizes[id(inode)]
+            return self.scan.sizes[inode]
         if kind == LNK:
             return _checked_target_size(inode)
         return 0

@@ -25,6 +25,7 @@ _BLOCK = fmt.BLOCK
 _PIECE = 1 << 20
 _CHECKSUM_OFFSET = fmt.SUPERBLOCK_OFFSET + 4
 _NULL_CHUNK = fmt.CHUNK_ENTRY.pack(fmt.NULL_BLOCK)
+_DEVICES = (CHR, BLK)
 _VOLUME_NAME = b"hpmapper"
 
 
@@ -51,7 +52,7 @@ def _superblock(layout: Layout, uuid: bytes) -> fmt.Superblock:
     epoch, nsec = divmod(layout.scan.epoch, SECOND)
     return fmt.Superblock(
         feature_compat=fmt.COMPAT_SB_CHKSUM | fmt.COMPAT_MTIME | fmt.COMPAT_XATTR_FILTER,
-        root_nid=layout.nids[id(layout.scan.root)],
+        root_nid=layout.nids[layout.scan.root],
         inodes=len(layout.inodes),
         epoch=epoch,
         fixed_nsec=nsec,
@@ -115,7 +116,7 @@ class _Emitter:
         """Write all that follows the superblock."""
         inodes, nids = self._layout.inodes, self._layout.nids
         area_at = self._layout.xattr_block * _BLOCK
-        before_area = bisect_left(inodes, area_at >> fmt.SLOT_BITS, key=lambda inode: nids[id(inode)])
+        before_area = bisect_left(inodes, area_at >> fmt.SLOT_BITS, key=nids.__getitem__)
         self._emit_inodes(0, before_area)
         self._sink.write_at(area_at, self._scan.xattrs.area)
         self._emit_inodes(before_area, len(inodes))
@@ -128,50 +129,45 @@ class _Emitter:
         nids, shapes, sink = self._layout.nids, self._layout.shapes, self._sink
         for number, inode in enumerate(islice(self._layout.inodes, start, end), start + 1):
             try:
-                record = self._record(inode, shapes[id(inode)], number)
+                record = self._record(inode, shapes[inode], number)
             except struct.error as error:
                 raise blame(self._scan.root, inode, f"a number is out of range: {error}") from None
             except InvalidArgument as error:
                 raise blame(self._scan.root, inode, str(error)) from None
-            sink.write_at(nids[id(inode)] << fmt.SLOT_BITS, record)
+            sink.write_at(nids[inode] << fmt.SLOT_BITS, record)
 
     def _record(self, inode: Inode, shape: Shape, number: int) -> bytes:
         """An inode and all that comes right behind it."""
-        _, layout, use, _, _, chunks, tail, _ = shape
-        record = self._inode(inode, shape, number)
+        head, layout, use, xattrs, size, chunks, tail, _ = shape
+        form = layout << fmt.LAYOUT_SHIFT
+        count = body_count(xattrs)
+        links = self._scan.links.get(inode, 1)
+        if layout == fmt.LAYOUT_CHUNK:
+            place = fmt.CHUNK_MAX_BITS
+        elif size:
+            place = self._layout.blocks.get(inode, fmt.NULL_BLOCK)
+        else:
+            place = encode_device(inode.rdev) if inode.mode >> 12 in _DEVICES else 0
+        if head == fmt.COMPACT_INODE.size:
+            record = fmt.COMPACT_INODE.pack(
+                form, count, inode.mode, links, size, 0,
+                place, number, inode.uid, inode.gid,
+            )  # fmt: skip
+        else:
+            if inode.uid > MAX_ID or inode.gid > MAX_ID:
+                raise InvalidArgument(f"owner {inode.uid}:{inode.gid} is out of range", hint=f"0 to {MAX_ID}")
+            seconds, nsec = divmod(inode.mtime_ns, SECOND)
+            record = fmt.EXTENDED_INODE.pack(
+                form | fmt.EXTENDED, count, inode.mode, size,
+                place, number, inode.uid, inode.gid,
+                seconds, nsec, links,
+            )  # fmt: skip
         if use:
             record += self._scan.xattrs.body(use)
         if layout == fmt.LAYOUT_CHUNK:
             redirect = redirect_entry(cast("ObjectDigest", inode.content))
             return record + redirect + _NULL_CHUNK * (chunks // len(_NULL_CHUNK))
         return record + self._tail(inode, tail) if tail else record
-
-    def _inode(self, inode: Inode, shape: Shape, number: int) -> bytes:
-        head, layout, _, xattrs, size, _, _, _ = shape
-        form = layout << fmt.LAYOUT_SHIFT
-        count = body_count(xattrs)
-        links = self._scan.links.get(id(inode), 1)
-        union = self._union(inode, layout, size)
-        if head == fmt.COMPACT_INODE.size:
-            return fmt.COMPACT_INODE.pack(
-                form, count, inode.mode, links, size, 0,
-                union, number, inode.uid, inode.gid,
-            )  # fmt: skip
-        if inode.uid > MAX_ID or inode.gid > MAX_ID:
-            raise InvalidArgument(f"owner {inode.uid}:{inode.gid} is out of range", hint=f"0 to {MAX_ID}")
-        seconds, nsec = divmod(inode.mtime_ns, SECOND)
-        return fmt.EXTENDED_INODE.pack(
-            form | fmt.EXTENDED, count, inode.mode, size,
-            union, number, inode.uid, inode.gid,
-            seconds, nsec, links,
-        )  # fmt: skip
-
-    def _union(self, inode: Inode, layout: int, size: int) -> int:
-        if layout == fmt.LAYOUT_CHUNK:
-            return fmt.CHUNK_MAX_BITS
-        if size:
-            return self._layout.blocks.get(id(inode), fmt.NULL_BLOCK)
-        return encode_device(inode.rdev) if inode.mode >> 12 in (CHR, BLK) else 0
 
     def _tail(self, inode: Inode, size: int) -> bytes:
         if inode.children is not None:
@@ -186,30 +182,30 @@ class _Emitter:
 
     def _directory_block(self, directory: Inode, names: list[bytes]) -> bytes:
         children, nids = directory.entries(), self._layout.nids
-        dots = {b".": directory, b"..": self._scan.parents[id(directory)]}
+        dots = {b".": directory, b"..": self._scan.parents[directory]}
         pack, types = fmt.DIRENT.pack, fmt.FILE_TYPES
         records = []
         offset = len(names) * fmt.DIRENT.size
         for name in names:
             child = children.get(name) or dots[name]
-            records.append(pack(nids[id(child)], offset, types[child.mode >> 12]))
+            records.append(pack(nids[child], offset, types[child.mode >> 12]))
             offset += len(name)
         return b"".join(records + names)
 
     def _emit_directory_blocks(self, directory: Inode) -> None:
-        shape = self._layout.shapes[id(directory)]
-        address = self._layout.blocks[id(directory)] * _BLOCK
+        shape = self._layout.shapes[directory]
+        address = self._layout.blocks[directory] * _BLOCK
         for names in islice(dirents.split(directory.entries()), shape.blocks):
             self._sink.write_at(address, self._directory_block(directory, names))
             address += _BLOCK
 
     def _emit_file_blocks(self, inode: Inode) -> None:
-        self._sink.write_at(self._layout.blocks[id(inode)] * _BLOCK, b"")
+        self._sink.write_at(self._layout.blocks[inode] * _BLOCK, b"")
         if inode.mode >> 12 == LNK:
             self._sink.write(inode.target)
             return
         start = cast("int", inode.content)
-        end = start + inode.size - self._layout.shapes[id(inode)].tail
+        end = start + inode.size - self._layout.shapes[inode].tail
         for offset in range(start, end, _PIECE):
             self._sink.write(self._read(offset, min(_PIECE, end - offset)))
 
