@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from hpmapper.erofs.dirents import is_name
 from hpmapper.erofs.hashes import crc32c
+from hpmapper.erofs.kept import kept_tree
 from hpmapper.erofs.reader import Map
-from hpmapper.erofs.writer import write_map
+from hpmapper.erofs.writer import extend_map, write_map
+from hpmapper.layer.merge import merge
 from hpmapper.model import ObjectDigest
-from hpmapper.tree import Inode, Xattrs, directory, walk
+from hpmapper.tree import Inode, Xattrs, directory, walk, whiteout
 
 UUID = bytes(range(16))
 SECOND = 10**9
@@ -117,6 +119,26 @@ def map_facts(image: Map) -> dict[bytes, Facts]:
     return facts(image.tree(), read)
 
 
+def extended(base: bytes, layers: list[Inode], spool: io.BytesIO) -> tuple[bytes, int]:
+    """A map with layers put on it, and the bytes in it that are not used any more."""
+    image = Map.from_bytes(base)
+    out = io.BytesIO(base)
+    root = kept_tree(image)
+    merge(layers, root)
+    size, wasted = extend_map(root, image, spool, out, uuid=UUID)
+    assert size == len(out.getvalue())
+    return out.getvalue(), wasted
+
+
+def strip_marks(root: Inode) -> None:
+    """Make of a layer's tree one that has no layers below."""
+    for _, inode in list(walk(root)):
+        inode.opaque = False
+        if inode.children:
+            for name in [name for name, child in inode.children.items() if child.is_whiteout]:
+                del inode.children[name]
+
+
 def reseal(image: bytearray) -> bytes:
     """A damaged image under a right checksum, as an attacker would make it."""
     image[1028:1032] = bytes(4)
@@ -195,3 +217,40 @@ def samples(draw: st.DrawFn, max_entries: int = 25) -> Sample:
         if parent.entries().setdefault(draw(names), inode) is inode:
             (directories if inode.is_dir else others).append(inode)
     return sample
+
+
+@st.composite
+def layers_on(draw: st.DrawFn, sample: Sample, base: Map) -> Inode:
+    """A layer that adds to a map, replaces and deletes what it has; data goes to the sample's spool."""
+    root = directory(draw(_modes), mtime_ns=draw(_times))
+    below = {path: inode for path, inode in walk(base.tree()) if inode.children is not None}
+    others: list[Inode] = []
+    for _ in range(draw(st.integers(0, 12))):
+        path = draw(st.sampled_from(sorted(below)))
+        parent = _made(draw, root, path)
+        name = draw(names | st.sampled_from(sorted(below[path].entries()) or [b"new"]))
+        match draw(st.sampled_from("addlo")):
+            case "d":
+                inode = whiteout()
+            case "l" if others:
+                inode = draw(st.sampled_from(others))
+            case "o":
+                parent.opaque = parent is not root
+                continue
+            case _:
+                inode = draw(inodes(sample))
+        if parent.entries().setdefault(name, inode) is inode and not inode.is_dir and not inode.is_whiteout:
+            others.append(inode)
+    return root
+
+
+def _made(draw: st.DrawFn, root: Inode, path: bytes) -> Inode:
+    at = root
+    for name in path.split(b"/") if path else ():
+        made = at.entries().get(name)
+        if made is None or not made.is_dir:
+            made = directory(draw(_modes), draw(_owners), draw(_owners), draw(_times))
+            made.xattrs = draw(st.just(()) | xattrs)
+            at.entries()[name] = made
+        at = made
+    return at

@@ -17,6 +17,7 @@ from hpmapper.check import Finding, check
 from hpmapper.config import Config
 from hpmapper.drivers.hpmapper import HpmapperDriver
 from hpmapper.engine import Blob, Engine, chain_id
+from hpmapper.erofs.reader import Map
 from hpmapper.layer.stream import Expected
 from hpmapper.meta import images, snapshots
 from hpmapper.meta.snapshots import Layer, Snapshot
@@ -183,8 +184,10 @@ def test_a_damaged_recipe_waits_for_the_next_pull(engine: Engine) -> None:
 def test_a_damaged_image_map_is_dropped_and_made_again(engine: Engine) -> None:
     top = bring(engine)
     (image,) = (home(engine) / "i").iterdir()
+    with Map.open(image / "map") as found:
+        owner = found.root.address + 24
     data = bytearray((image / "map").read_bytes())
-    data[-1] ^= 1
+    data[owner] ^= 1
     (image / "map").write_bytes(data)
     (finding,) = repaired(engine)
     assert finding.invariant == "derived"

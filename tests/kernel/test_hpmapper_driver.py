@@ -10,10 +10,13 @@ import pytest
 
 from hpmapper.config import Config
 from hpmapper.drivers.hpmapper import HpmapperDriver
+from hpmapper.engine import Engine
+from hpmapper.erofs.reader import Map
 from hpmapper.kernel import cachestat, sync
 from hpmapper.layer.stream import Expected
+from hpmapper.meta.snapshots import Snapshot
 from hpmapper.root import open_root
-from hpmapper.testing.tars import member, tar
+from hpmapper.testing.tars import DIR, member, tar
 
 pytestmark = pytest.mark.kernel
 
@@ -53,3 +56,64 @@ def test_an_image_whose_chain_is_gone_does_not_keep_layers_from_being_removed(tm
         assert one.engine.collect().layers == 2
         assert list((one.engine.driver.home / "i").iterdir()) == []
         one.engine.detach()
+
+
+def test_an_images_map_grows_out_of_the_one_below(tmp_path: Path) -> None:
+    """It shows what a new one would, and is written anew once a quarter of it is of no use any more."""
+    config = Config(root=tmp_path / "root", driver="hpmapper").with_options(["pool.size=400M", "min_free_space=0"])
+    with open_root(config) as one:
+        files = [member(b"d/%03d" % number, os.urandom(900)) for number in range(100)]
+        top = _bring(one.engine, None, tar(member(b"d/", kind=DIR), *files))
+        top = _bring(one.engine, top, tar(member(b"d/new", b"n"), member(b"d/.wh.007")))
+        assert _wasted(one.engine, top) > 0
+        top = _bring(one.engine, top, tar(member(b"d/008", b"other"), member(b"more/", kind=DIR)))
+        assert _names_in_root(one.engine, top, "d") == {"new", *(f"{n:03d}" for n in range(100) if n != 7)}
+        assert _names_in_root(one.engine, top, "") == {"d", "more"}
+        assert list(one.engine.driver.check_derived(repair=False)) == []
+        top = _bring(one.engine, top, tar(*(member(b"d/.wh.%03d" % number) for number in range(20, 100))))
+        assert _wasted(one.engine, top) == 0
+        assert _names_in_root(one.engine, top, "d") == {"new", *(f"{n:03d}" for n in range(20) if n != 7)}
+        assert list(one.engine.driver.check_derived(repair=False)) == []
+        one.engine.detach()
+
+
+def test_an_images_map_does_not_grow_out_of_a_damaged_one(tmp_path: Path) -> None:
+    config = Config(root=tmp_path / "root", driver="hpmapper").with_options(["pool.size=400M", "min_free_space=0"])
+    with open_root(config) as one:
+        top = _bring(one.engine, None, tar(member(b"a", b"1")))
+        top = _bring(one.engine, top, tar(member(b"b", b"2")))
+        path = _map(one.engine, top)
+        with Map.open(path) as found:
+            root = found.root.address
+        with path.open("r+b") as out:
+            out.seek(root)
+            out.write(b"\xff" * 32)
+        top = _bring(one.engine, top, tar(member(b"c", b"3")))
+        assert _names_in_root(one.engine, top, "") == {"a", "b", "c"}
+        one.engine.detach()
+
+
+def _bring(engine: Engine, below: Snapshot | None, layer: bytes) -> Snapshot:
+    top = engine.ingest(below, io.BytesIO(layer), Expected()).snapshot
+    engine.finish(top)
+    return top
+
+
+def _map(engine: Engine, top: Snapshot) -> Path:
+    assert isinstance(engine.driver, HpmapperDriver)
+    images = (engine.driver.home / "i").iterdir()
+    return next(image / "map" for image in images if (image / "chain").read_text().startswith(f"{top.id},"))
+
+
+def _wasted(engine: Engine, top: Snapshot) -> int:
+    path = _map(engine, top).parent / "wasted"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def _names_in_root(engine: Engine, top: Snapshot, directory: str) -> set[str]:
+    active = engine.prepare(f"look-{top.id}-{directory}", top)
+    try:
+        return set(os.listdir(engine.mount(active) / directory))
+    finally:
+        engine.unmount(active)
+        engine.remove(active)

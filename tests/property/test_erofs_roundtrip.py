@@ -10,11 +10,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpmapper.erofs.dump import dump
+from hpmapper.erofs.plan import NoRoom
 from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import write_map
 from hpmapper.errors import Corrupt
+from hpmapper.layer.merge import merge
 from hpmapper.tree import Inode, walk
-from tests.strategies import UUID, Sample, fsck, map_facts, reseal, samples
+from tests.strategies import (
+    UUID,
+    Sample,
+    extended,
+    facts,
+    fsck,
+    layers_on,
+    map_facts,
+    reseal,
+    samples,
+    strip_marks,
+)
 
 _slow_is_fine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -69,6 +82,42 @@ def test_fsck_accepts(sample: Sample, tmp_path_factory: pytest.TempPathFactory) 
     image.write_bytes(sample.image())
     fsck(image)
     image.unlink()
+
+
+@given(samples(), st.data())
+@_slow_is_fine
+def test_an_extended_map_is_what_a_new_one_would_be(sample: Sample, data: st.DataObject) -> None:
+    strip_marks(sample.root)
+    image = sample.image()
+    for _ in range(2):
+        layers = [data.draw(layers_on(sample, Map.from_bytes(image))) for _ in range(data.draw(st.integers(1, 2)))]
+        merged = merge([Map.from_bytes(image).tree(sample.spool), *layers])
+        expected = facts(merged, sample.read)
+        try:
+            image, wasted = extended(image, layers, sample.spool)
+        except NoRoom:
+            return
+        result = Map.from_bytes(image)
+        assert map_facts(result) == expected
+        assert 0 <= wasted < len(image)
+        for path, inode in walk(merged):
+            found = result.lookup(path)
+            assert found is not None
+            assert (found.mode, found.xattrs) == (inode.mode, inode.xattrs)
+
+
+@given(sample=samples(), data=st.data())
+@settings(_slow_is_fine, max_examples=40)
+def test_fsck_accepts_an_extended_map(
+    sample: Sample, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    strip_marks(sample.root)
+    image = tmp_path_factory.mktemp("fsck") / "map"
+    base = sample.image()
+    with suppress(NoRoom):
+        image.write_bytes(extended(base, [data.draw(layers_on(sample, Map.from_bytes(base)))], sample.spool)[0])
+        fsck(image)
+        image.unlink()
 
 
 @given(samples(), st.data())

@@ -245,19 +245,3 @@ def test_device_numbers(device: tuple[int, int]) -> None:
 
 def test_device_number_as_linux_writes_it() -> None:
     assert encode_device(os.makedev(0x123, 0xABCDE)) == 0xABC123DE
-
-
-def test_out_needs_no_seek() -> None:
-    class OnlyWrite(io.RawIOBase):
-        def __init__(self) -> None:
-            self.data = b""
-
-        def write(self, data: object) -> int:
-            assert isinstance(data, bytes)
-            self.data += data
-            return len(data)
-
-    sample = small_root()
-    out = OnlyWrite()
-    write_map(sample.root, sample.spool, out, uuid=UUID)  # type: ignore[arg-type]
-    assert out.data == sample.image()

@@ -5,6 +5,7 @@
     l/ID/tar        how to make its tar again                 (hpmapper.layer.recipe)
     i/NAME/map      an image's map: its layers' maps merged   (hpmapper.layer.merge)
     i/NAME/chain    its layers' numbers, nearest first
+    i/NAME/wasted   bytes of the map that nothing refers to, if it grew out of another
     */m             where a map is mounted, once for all containers, so that they share its cached pages
     a/ID/u, w, m    a snapshot's upper, work and merged directories; u of a sealed one is a layer
     t/              unfinished things
@@ -22,7 +23,9 @@ layers of an image that is just coming in, the layers' maps are stacked under me
 from __future__ import annotations
 
 import io
+import logging
 import os
+import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -33,9 +36,11 @@ from blake3 import blake3
 from hpmapper import faults, pace
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
 from hpmapper.drivers.upper import Stack, UpperDriver, unmount_path
+from hpmapper.erofs.kept import kept_tree
+from hpmapper.erofs.plan import NoRoom
 from hpmapper.erofs.reader import Map
-from hpmapper.erofs.writer import write_map
-from hpmapper.errors import HpmapperError
+from hpmapper.erofs.writer import extend_map, write_map
+from hpmapper.errors import Corrupt, HpmapperError
 from hpmapper.kernel import lock, mount, sync
 from hpmapper.layer.build import Below, LayerBuilder
 from hpmapper.layer.merge import Spools, merge
@@ -49,8 +54,15 @@ from hpmapper.store.objects import IsObject, ObjectStore, Staging
 from hpmapper.store.workspace import discard, workspace
 from hpmapper.tree import Inode
 
+log = logging.getLogger(__name__)
+
 INLINE_BELOW = 1024
 """Bytes from which a file becomes an object; smaller ones lie in the map. Measured: docs/measurements.md."""
+
+_WASTED_MOST = 0.25
+"""The part of a map that may be of no use before it is written anew."""
+
+_ANY_UUID = "00" * 16
 
 _READ_AHEAD = 16 << 20
 """Bytes of a map that are read when it is mounted: all of it, but of the largest images' (250 bytes for each file)."""
@@ -166,7 +178,9 @@ class HpmapperDriver(UpperDriver):
             made = work / "image"
             (made / "m").mkdir(mode=0o700, parents=True)
             (made / "chain").write_text(_chain_text(chain))
-            self._write_merged(chain, fresh, work, made / "map", image.name)
+            with pace.ingesting():
+                if not self._extend(chain, fresh, work, made, image.name):
+                    self._write_merged(chain, work, made / "map", image.name)
             sync.syncfs(work)
             faults.point("finish.synced")
             try:
@@ -175,19 +189,62 @@ class HpmapperDriver(UpperDriver):
                 pass  # another process was first
         faults.point("finish.merged")
 
-    def _write_merged(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh], work: Path, path: Path, uuid: str) -> None:
-        spools = Spools()
-        with ExitStack() as stack, pace.ingesting():
-            trees = []
-            for layer in reversed(chain):
-                tree, spool = fresh.get(layer) or self._read_again(layer, work, stack)
-                trees.append(spools.add(tree, spool))
-            _write_map(merge(trees), cast(BinaryIO, spools), path, uuid)
+    def _extend(self, chain: Chain, fresh: Mapping[SnapshotId, Fresh], work: Path, made: Path, uuid: str) -> bool:
+        """Let the map of the layers below grow by what the topmost ones change; takes as long as that is much.
 
-    def _read_again(self, layer: SnapshotId, work: Path, stack: ExitStack) -> Fresh:
-        spool = stack.enter_context((work / f"spool-{layer}").open("w+b"))
-        with Map.open(self._layer(layer) / "map") as layer_map:
-            return Fresh(layer_map.tree(spool), spool)
+        False: write it anew. There is no room in it, too much in it is of no use any more, or it is damaged.
+        """
+        above, base = self._nearest_map(chain)
+        path = made / "map"
+        try:
+            shutil.copyfile(base / "map", path)
+            with ExitStack() as stack:
+                below = stack.enter_context(Map.open(base / "map"))
+                tree = kept_tree(below)
+                spool = self._merge_layers(above, fresh, work, stack, tree).spool
+                with path.open("r+b") as out:
+                    size, wasted = extend_map(tree, below, spool, out, uuid=bytes.fromhex(uuid))
+            wasted += _number_in(base / "wasted")
+        except (NoRoom, Corrupt, FileNotFoundError) as error:
+            log.info("the map of layers %s cannot grow into that of %s: %r", base.name, uuid, error)
+            return False
+        if wasted > size * _WASTED_MOST:
+            return False
+        (made / "wasted").write_text(f"{wasted}\n")
+        return True
+
+    def _nearest_map(self, chain: Chain) -> tuple[Chain, Path]:
+        """The longest part of a chain below others that has a map: what is above it, and where that map is."""
+        for at in range(1, len(chain)):
+            place = self._image(chain[at:])
+            if (place / "map").exists():
+                return chain[:at], place
+        raise Corrupt(f"layer {chain[-1]} has no map", hint="run hpmapper fsck --repair")
+
+    def _write_merged(self, chain: Chain, work: Path, path: Path, uuid: str) -> None:
+        with ExitStack() as stack:
+            tree, spool = self._merge_layers(chain, {}, work, stack)
+            _write_map(tree, spool, path, uuid)
+
+    def _merge_layers(
+        self,
+        chain: Chain,
+        fresh: Mapping[SnapshotId, Fresh],
+        work: Path,
+        stack: ExitStack,
+        onto: Inode | None = None,
+    ) -> Fresh:
+        spools = Spools()
+        trees = []
+        for layer in reversed(chain):
+            tree, spool = fresh.get(layer) or self._read_again(self._layer(layer), work, stack)
+            trees.append(spools.add(tree, spool))
+        return Fresh(merge(trees, onto), cast(BinaryIO, spools))
+
+    def _read_again(self, place: Path, work: Path, stack: ExitStack) -> Fresh:
+        spool = stack.enter_context((work / f"spool-{place.name}").open("w+b"))
+        with Map.open(place / "map") as found:
+            return Fresh(found.tree(spool), spool)
 
     def remove_layer(self, layer: SnapshotId) -> None:
         self._remove_sealed(layer)
@@ -230,9 +287,12 @@ class HpmapperDriver(UpperDriver):
         """Why an image's map is not what its layers give, None if it is."""
         try:
             chain = [SnapshotId(int(number)) for number in (image / "chain").read_text().split(",")]
-            with workspace(self.scratch) as work:
-                self._write_merged(chain, {}, work, work / "map", image.name)
-                same = _file_digest(work / "map") == _file_digest(image / "map")
+            with workspace(self.scratch) as work, ExitStack() as stack:
+                self._write_merged(chain, work, work / "merged", _ANY_UUID)
+                # Written anew, since it may have grown out of others: equal trees give equal maps.
+                shown = self._read_again(image, work, stack)
+                _write_map(merge([shown.tree]), shown.spool, work / "shown", _ANY_UUID)
+                same = _file_digest(work / "merged") == _file_digest(work / "shown")
         except (HpmapperError, OSError, ValueError) as error:
             return f"cannot be compared with its layers: {error}"
         return None if same else "is not what its layers' maps give"
@@ -354,6 +414,14 @@ def _names(chain: Path, layer: SnapshotId) -> bool:
         return str(layer) in chain.read_text().split(",")
     except FileNotFoundError:
         return True
+
+
+def _number_in(path: Path) -> int:
+    """What a file says; nothing if it is not there."""
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def _chain_text(chain: Chain) -> str:

@@ -33,18 +33,22 @@ class MapInode(Inode):
         nlink: its link count.
         layout: one of LAYOUT_*.
         length: bytes of its data: a file's, a directory's entries or a symlink's target.
+        address: where it begins.
         block: where the whole blocks of this data begin.
+        body: the address of its xattrs.
         tail: the address behind inode and xattrs, where the rest of the data is when the layout is inline.
         extent: bytes of the map that it takes, but for a regular file's data.
     """
 
-    __slots__ = ("block", "extent", "layout", "length", "nid", "nlink", "tail")
+    __slots__ = ("address", "block", "body", "extent", "layout", "length", "nid", "nlink", "tail")
 
     nid: int
     nlink: int
     layout: int
     length: int
+    address: int
     block: int
+    body: int
     tail: int
     extent: int
 
@@ -75,12 +79,16 @@ class _Head(NamedTuple):
 
 
 class InodeReader:
-    """Decodes the inodes of one image, all but the targets of symlinks."""
+    """Decodes the inodes of one image, all but the targets of symlinks.
+
+    Attributes:
+        xattrs: reads the image's xattrs.
+    """
 
     def __init__(self, image: Image, superblock: fmt.Superblock) -> None:
         self._image = image
         self._superblock = superblock
-        self._xattrs = XattrReader(image, superblock)
+        self.xattrs = XattrReader(image, superblock)
 
     def read(self, nid: int) -> MapInode:
         """The inode with this number.
@@ -90,9 +98,9 @@ class InodeReader:
         """
         address = (self._superblock.meta_block << fmt.BLOCK_BITS) + (nid << fmt.SLOT_BITS)
         head = self._head(address)
-        pairs, xattrs_size = self._xattrs.read(head.end, head.xattr_count)
+        pairs, xattrs_size = self.xattrs.read(head.end, head.xattr_count)
         inode = _assemble(nid, head, overlay.meaning(pairs))
-        inode.tail = head.end + xattrs_size
+        inode.address, inode.body, inode.tail = address, head.end, head.end + xattrs_size
         inode.extent = inode.tail - address
         if type(inode.content) is bytes:
             self._check_chunks(inode)

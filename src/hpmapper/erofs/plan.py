@@ -4,6 +4,9 @@ Inodes come directory by directory, siblings together in the order of their name
 behind it: a cold find, stat or read of small files walks forward through few blocks. Nothing that fits in a block
 crosses one, and blocks with room left stay open for a while for what comes next.
 
+A tree that began as a map (`kept`) is written as an extension of it: what nobody touched stays where it is, a
+directory that was touched keeps its number and is written over, and all that is new follows behind.
+
 Errors carry a path, but nothing here keeps any: it is searched when something is wrong (`blame`).
 """
 
@@ -15,7 +18,10 @@ from typing import NamedTuple
 
 from hpmapper.erofs import dirents
 from hpmapper.erofs import format as fmt
+from hpmapper.erofs.dirents import DOTS
 from hpmapper.erofs.inodes import MAX_FILE_SIZE, MAX_TARGET
+from hpmapper.erofs.kept import KeptInode
+from hpmapper.erofs.reader import Map
 from hpmapper.erofs.xattrs import OBJECT, OPAQUE, PLAIN, REDIRECT_ENTRY_SIZE, Use, XattrTable
 from hpmapper.errors import InvalidArgument
 from hpmapper.tree import Inode, walk
@@ -41,7 +47,9 @@ class Scan:
     """What must be known of the whole tree before anything can be placed.
 
     Attributes:
-        inodes: each once, directory by directory; the root first.
+        base: the map that is extended, if one is.
+        inodes: what is new, each once, directory by directory; the root first.
+        touched: the directories of the map that may have changed.
         links: the link counts that are not 1, by inode.
         parents: each directory's parent.
         sizes: bytes of each directory's entries.
@@ -50,23 +58,24 @@ class Scan:
         xattrs: the bodies of xattrs, made from what recurs.
     """
 
-    def __init__(self, root: Inode) -> None:
+    def __init__(self, root: Inode, base: Map | None = None) -> None:
         if root.children is None:
             raise InvalidArgument("the root of a map must be a directory")
         self.root = root
+        self.base = base
         self.inodes: list[Inode] = []
+        self.touched: list[KeptInode] = []
         self.links: dict[Inode, int] = {}
         self.parents = {root: root}
         self.sizes: dict[Inode, int] = {}
         self._descend()
-        times = Counter([inode.mtime_ns for inode in self.inodes])
-        self.epoch = min(times, key=lambda time: (-times[time], time))
+        self.epoch = base.epoch if base else self._common_time()
         self.uses = list(map(use_of, self.inodes))
-        self.xattrs = XattrTable(Counter(use for use in self.uses if use))
+        self.xattrs = XattrTable(Counter(use for use in self.uses if use), base.shared_xattrs() if base else None)
 
     def _descend(self) -> None:
-        seen = {self.root}
-        self.inodes.append(self.root)
+        seen: set[Inode] = set()
+        self._visit(self.root, seen)
         stack = [self.root]
         while stack:
             directory = stack.pop()
@@ -82,11 +91,21 @@ class Scan:
                 if child in seen:
                     self._link(name, child)
                 else:
-                    seen.add(child)
-                    self.inodes.append(child)
+                    self._visit(child, seen)
             self.links[directory] = 2 + len(below)
             self.parents.update((child, directory) for child in below)
-            stack.extend(reversed(below))
+            stack.extend(child for child in reversed(below) if not is_untouched(child))
+
+    def _visit(self, inode: Inode, seen: set[Inode]) -> None:
+        if type(inode) is not KeptInode:
+            seen.add(inode)
+            self.inodes.append(inode)
+        elif inode.found:
+            self.touched.append(inode)
+
+    def _common_time(self) -> int:
+        times = Counter([inode.mtime_ns for inode in self.inodes])
+        return min(times, key=lambda time: (-times[time], time))
 
     def _link(self, name: bytes, inode: Inode) -> None:
         if inode.children is not None:
@@ -102,12 +121,17 @@ class Scan:
         raise blame(self.root, directory, f"no file can have this name of {len(bad)} bytes: {show(bad[:300])}")
 
 
+class NoRoom(Exception):
+    """A map cannot be extended by a tree: it must be written anew."""
+
+
 class Packer:
     """Finds places for inodes: first fit over the few blocks opened last."""
 
-    def __init__(self) -> None:
-        self.end = _BLOCK
-        self._open = [(_FIRST_INODE, _BLOCK - _FIRST_INODE)]
+    def __init__(self, start: int) -> None:
+        """Place from the address `start` on."""
+        self.end = -(-start // _BLOCK) * _BLOCK
+        self._open = [(start, self.end - start)]
 
     def place(self, size: int) -> int:
         """The address for `size` bytes; what fits in a block never crosses one."""
@@ -161,13 +185,20 @@ class Layout:
         nids: their numbers.
         shapes: how each is stored.
         blocks: the first block of data that is not behind its inode.
-        directories, files: the inodes with such data, in the order of their blocks.
+        directories, files: the inodes with such data that is new, in the order of their blocks.
         has_chunks: whether any inode is chunk-based.
         xattr_block: where the shared xattrs are.
         image_blocks: the size of all.
+        left: bytes of data of touched directories that lie elsewhere now.
     """
 
     def __init__(self, scan: Scan) -> None:
+        """Place everything.
+
+        Raises:
+            InvalidArgument: something is not what EROFS can store.
+            NoRoom: a touched directory needs more than the place it has.
+        """
         self.scan = scan
         self.nids: dict[Inode, int] = {}
         self.shapes: dict[Inode, Shape] = {}
@@ -175,11 +206,19 @@ class Layout:
         self.directories: list[Inode] = []
         self.files: list[Inode] = []
         self.has_chunks = False
-        packer = Packer()
-        # The root comes before all else: the superblock has only 16 bits for its number.
-        self._place(packer, 0, 1)
-        self.xattr_block = packer.take_blocks(len(scan.xattrs.area))
-        self._place(packer, 1, len(scan.inodes))
+        self.left = 0
+        if scan.base is None:
+            packer = Packer(_FIRST_INODE)
+            # The root comes before all else: the superblock has only 16 bits for its number.
+            self._place(packer, 0, 1)
+            self.xattr_block = packer.take_blocks(len(scan.xattrs.area))
+            self._place(packer, 1, len(scan.inodes))
+        else:
+            packer = Packer(scan.base.size)
+            self.xattr_block = scan.base.superblock.xattr_block
+            self._place(packer, 0, len(scan.inodes))
+            for directory in scan.touched:
+                self._replace(directory)
         self.inodes = sorted(scan.inodes, key=self.nids.__getitem__)
         for inode in (*self.directories, *self.files):
             self.blocks[inode] = packer.take_blocks(self.shapes[inode].blocks * _BLOCK)
@@ -201,6 +240,25 @@ class Layout:
                 self.has_chunks = True
             if blocks:
                 (self.files if inode.children is None else self.directories).append(inode)
+
+    def _replace(self, directory: KeptInode) -> None:
+        """Let a touched directory stay where it is; its entries, too, if they take the same room."""
+        self.nids[directory] = directory.nid
+        self.nids.update((child, child.nid) for child in directory.entries().values() if type(child) is KeptInode)
+        found = directory.found
+        assert found is not None, "it was touched"
+        size, xattrs = self.scan.sizes[directory], len(touched_body(self.scan, directory))
+        extended = found.body - found.address == _EXTENDED
+        if extended and found.body + xattrs == found.tail and directory.before.keys() == {*directory.entries(), *DOTS}:
+            shape = Shape(_EXTENDED, found.layout, None, xattrs, size, 0, found.tail_size, found.data_blocks)
+            self.blocks[directory] = found.block
+        elif found.address + _EXTENDED + xattrs <= _slots_end(found.tail + found.tail_size):
+            shape = Shape(_EXTENDED, fmt.LAYOUT_PLAIN, None, xattrs, size, 0, 0, -(-size >> fmt.BLOCK_BITS))
+            self.directories.append(directory)
+            self.left += found.length
+        else:
+            raise NoRoom
+        self.shapes[directory] = shape
 
     def _shape(self, inode: Inode, use: Use | None) -> Shape:
         """How to store `inode`.
@@ -238,6 +296,24 @@ class Layout:
         if kind == LNK:
             return _checked_target_size(inode)
         return 0
+
+
+def is_untouched(inode: Inode) -> bool:
+    """Whether it stays as it is in the map that is extended."""
+    return type(inode) is KeptInode and inode.found is None
+
+
+def touched_body(scan: Scan, directory: KeptInode) -> bytes:
+    """The xattrs of a touched directory: as they are in the map, if they are the same."""
+    found = directory.found
+    if found is not None and scan.base is not None and directory.xattrs == found.xattrs:
+        return scan.base.xattr_body(found)
+    use = use_of(directory)
+    return scan.xattrs.body(use) if use else b""
+
+
+def _slots_end(address: int) -> int:
+    return -(-address // fmt.SLOT) * fmt.SLOT
 
 
 def use_of(inode: Inode) -> Use | None:

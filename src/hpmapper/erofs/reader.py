@@ -71,6 +71,11 @@ class Map:
         return self.superblock.blocks * _BLOCK
 
     @property
+    def epoch(self) -> int:
+        """The mtime of compact inodes, in nanoseconds."""
+        return self.superblock.epoch * SECOND + self.superblock.fixed_nsec
+
+    @property
     def root(self) -> MapInode:
         """The root directory."""
         root = self.inode(self.superblock.root_nid)
@@ -157,6 +162,14 @@ class Map:
                     raise self.corrupt(f"inode {directory.nid}: {entry.name!r} comes after {last!r}")
                 last = entry.name
                 yield entry
+
+    def xattr_body(self, inode: MapInode) -> bytes:
+        """The xattrs of an inode as they are stored."""
+        return self._image.read(inode.body, inode.tail - inode.body)
+
+    def shared_xattrs(self) -> dict[bytes, int]:
+        """The ids of the shared xattrs by their stored form."""
+        return self._inodes.xattrs.shared()
 
     def corrupt(self, what: str) -> Corrupt:
         """The error that says what is wrong with this map."""

@@ -8,7 +8,7 @@ beside its inode it costs overlayfs no second read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -87,10 +87,11 @@ class XattrTable:
         area: the shared entries, to lie at the start of a block.
     """
 
-    def __init__(self, uses: Counter[Use]) -> None:
+    def __init__(self, uses: Counter[Use], shared: Mapping[bytes, int] | None = None) -> None:
+        """Choose what to share; or share what is `shared` already: ids by stored entry."""
         self._uses = uses
         self._bodies: dict[Use, bytes] = {}
-        self._ids, self.area = _share(uses)
+        self._ids, self.area = _share(uses) if shared is None else (shared, b"")
 
     def body(self, use: Use) -> bytes:
         """The body without the redirect, which comes after it."""
@@ -185,6 +186,21 @@ class XattrReader:
             at += size
         self._check(pairs, stored_filter)
         return pairs, len(body)
+
+    def shared(self) -> dict[bytes, int]:
+        """The ids of the shared entries, by entry, as far as they follow one another."""
+        ids: dict[bytes, int] = {}
+        at = self._area
+        while self._area:
+            try:
+                length, _, value_size = fmt.XATTR_ENTRY.unpack(self._image.read(at, fmt.XATTR_ENTRY.size))
+                data = self._image.read(at, fmt.XATTR_ENTRY.size + length + value_size)
+                name, value, size = _decode_entry(data)
+            except Corrupt:
+                break  # their end is not said: they are followed by zeros or inodes
+            ids[encode_entry(name, value)] = (at - self._area) // fmt.XATTR_ALIGN
+            at += size
+        return ids
 
     def _check(self, pairs: list[tuple[bytes, bytes]], stored_filter: int) -> None:
         names = [name for name, _ in pairs]

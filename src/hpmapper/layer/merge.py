@@ -11,24 +11,25 @@ from hpmapper.layer.marks import IMPLIED_ROOT
 from hpmapper.tree import Inode, directory
 
 
-def merge(layers: Iterable[Inode]) -> Inode:
-    """Flatten layers, the lowest first, into a tree without whiteouts or opaque directories.
+def merge(layers: Iterable[Inode], onto: Inode | None = None) -> Inode:
+    """Flatten layers, the lowest first, into a tree without whiteouts or opaque directories, and return it.
 
+    With `onto`, that is what it grows from: a tree made so before, with whatever its directories' `entries` do.
     Consumes the layers: the result holds their inodes. Hard links stay links.
     """
-    root = directory(0o755)
+    root = directory(0o755) if onto is None else onto
     for layer in layers:
         _apply(root, layer)
     return root
 
 
 def _apply(root: Inode, layer: Inode) -> None:
-    if (IMPLIED_ROOT, b"y") not in layer.xattrs:
-        _copy_attributes(layer, root)
     pending = [(root, layer)]
     while pending:
         below, above = pending.pop()
-        entries = below.entries()
+        entries = below.entries()  # before the attributes: a directory of a map reads both now
+        if above is not layer or (IMPLIED_ROOT, b"y") not in layer.xattrs:
+            _copy_attributes(above, below)
         for name, child in above.entries().items():
             if child.is_whiteout:
                 entries.pop(name, None)
@@ -43,7 +44,6 @@ def _directory(entries: dict[bytes, Inode], name: bytes, above: Inode) -> Inode:
     below = entries.get(name)
     if below is None or not below.is_dir or above.opaque:
         below = entries[name] = directory()
-    _copy_attributes(above, below)
     return below
 
 
