@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -188,18 +189,14 @@ class XattrReader:
         return pairs, len(body)
 
     def shared(self) -> dict[bytes, int]:
-        """The ids of the shared entries, by entry, as far as they follow one another."""
+        """The ids of the shared entries, by entry."""
         ids: dict[bytes, int] = {}
         at = self._area
-        while self._area:
-            try:
-                length, _, value_size = fmt.XATTR_ENTRY.unpack(self._image.read(at, fmt.XATTR_ENTRY.size))
-                data = self._image.read(at, fmt.XATTR_ENTRY.size + length + value_size)
-                name, value, size = _decode_entry(data)
-            except Corrupt:
-                break  # their end is not said: they are followed by zeros or inodes
-            ids[encode_entry(name, value)] = (at - self._area) // fmt.XATTR_ALIGN
-            at += size
+        with suppress(Corrupt):  # where they end is not said: zeros follow or an inode, and neither is an entry
+            while self._area:
+                entry = encode_entry(*self._read_shared(at))
+                ids[entry] = (at - self._area) // fmt.XATTR_ALIGN
+                at += len(entry)
         return ids
 
     def _check(self, pairs: list[tuple[bytes, bytes]], stored_filter: int) -> None:
