@@ -25,7 +25,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -41,7 +40,7 @@ from hpmapper.erofs.plan import NoRoom
 from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import extend_map, write_map
 from hpmapper.errors import Corrupt, HpmapperError
-from hpmapper.kernel import lock, mount, sync
+from hpmapper.kernel import clone, lock, mount, sync
 from hpmapper.layer.build import Below, LayerBuilder
 from hpmapper.layer.merge import Spools, merge
 from hpmapper.layer.merged import Later, LayerView, Merged
@@ -197,12 +196,12 @@ class HpmapperDriver(UpperDriver):
         above, base = self._nearest_map(chain)
         path = made / "map"
         try:
-            shutil.copyfile(base / "map", path)
             with ExitStack() as stack:
                 below = stack.enter_context(Map.open(base / "map"))
                 tree = kept_tree(below)
                 spool = self._merge_layers(above, fresh, work, stack, tree).spool
-                with path.open("r+b") as out:
+                with path.open("w+b") as out, (base / "map").open("rb") as lower:
+                    clone.clone(lower.fileno(), out.fileno())
                     size, wasted = extend_map(tree, below, spool, out, uuid=bytes.fromhex(uuid))
             wasted += _number_in(base / "wasted")
         except (NoRoom, Corrupt, FileNotFoundError) as error:
