@@ -374,8 +374,8 @@ class Served:
         eventually(self._settled)
 
     def _settled(self) -> None:
-        assert self.engine.free_removed()
-        self.engine.collect()
+        assert self.engine.rubbish.free_removed()
+        self.engine.rubbish.collect()
         scenario.assert_no_orphans(self.engine)
 
 

@@ -155,12 +155,12 @@ class Caretaker:
             return None, _RETRY_SECONDS
 
     def _collect_all(self) -> None:
-        if self._engine.collect().waiting:
+        if self._engine.rubbish.collect().waiting:
             with self._wake:
                 self._collect_at = time.monotonic() + _RETRY_SECONDS
 
     def _free(self) -> None:
-        if not self._engine.free_removed():
+        if not self._engine.rubbish.free_removed():
             self._retry_at = time.monotonic() + _RETRY_SECONDS
 
     def _finish(self) -> None:

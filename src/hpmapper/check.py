@@ -94,7 +94,7 @@ class _Check:
                 self._driver.remove_layer(layer)
             yield Finding("unnamed", f"storage of layer {layer}", "nothing names it", done, self._repair)
         strays = stored.objects - {digest for digest, _ in snapshots.objects(self._db)}
-        if strays and self._engine.is_at_work():
+        if strays and self._engine.rubbish.is_at_work():
             return  # they may be on their way in
         if strays and self._repair:
             self._driver.sweep_objects(lambda: {digest for digest, _ in snapshots.objects(self._db)}, timeout=60)

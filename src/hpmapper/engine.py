@@ -6,10 +6,9 @@
     mount       its root file system, at a path
     commit      its changes as a tar, ingested again
     remove      marked, then taken away
-    collect     what nothing refers to
 
 Every operation is intent → act → record. What was recorded is there after any crash; what was only intended is undone
-by `reconcile`, which runs whenever a root is opened. The engine knows names, drivers know storage.
+by `Rubbish.reconcile`, which runs whenever a root is opened. The engine knows names, drivers know storage.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,13 +32,13 @@ from hpmapper.drivers.base import ChainBelow, Driver, Fresh, Ingested, MountSpec
 from hpmapper.errors import FailedPrecondition, InvalidArgument, Unsupported
 from hpmapper.kernel.idmap import IdMapping
 from hpmapper.layer.stream import Digests, Expected
-from hpmapper.meta import profiles, snapshots, totals
+from hpmapper.meta import snapshots, totals
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import Layer, Snapshot
-from hpmapper.model import Change, Kind, ObjectDigest, SnapshotId, Usage
+from hpmapper.model import Change, Kind, SnapshotId, Usage
 from hpmapper.pipe import piped, stoppable
 from hpmapper.pool.floor import Floor, check_floor
-from hpmapper.store import workspace
+from hpmapper.rubbish import Rubbish
 from hpmapper.store.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -52,8 +51,6 @@ _READERS = min(4, os.cpu_count() or 1)
 _ROOM_SECONDS = 0.2
 """How long an answer about free space holds: a container starts in half a millisecond, asking takes a tenth of it."""
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -61,16 +58,6 @@ class Taken:
 
     snapshot: Snapshot
     ingested: Ingested | None
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What `collect` removed; `waiting`: some was left, because it was in use or an ingest was running."""
-
-    layers: int
-    objects: int
-    bytes: int
-    waiting: bool
 
 
 class Recorded(NamedTuple):
@@ -97,12 +84,17 @@ Also = Callable[[snapshots.Transaction, SnapshotId], object]
 
 
 class Engine:
-    """One root's snapshots. For use by several threads, and by several processes on one root."""
+    """One root's snapshots. For use by several threads, and by several processes on one root.
+
+    Attributes:
+        rubbish: what nothing needs any more.
+    """
 
     def __init__(self, db: Database, driver: Driver, floor: Floor) -> None:
-        """Take over a root whose driver is attached. Call `reconcile` before anything else."""
+        """Take over a root whose driver is attached. Call `rubbish.reconcile` before anything else."""
         self.db = db
         self.driver = driver
+        self.rubbish = Rubbish(db, driver)
         self._floor = floor
         self._session: Workspace | None = None
         self._session_lock = threading.Lock()
@@ -228,7 +220,7 @@ class Engine:
                     faults.point("ingest.stored")
                     yield facts
         except BaseException:
-            self._sweep_if_idle()
+            self.rubbish.sweep_if_idle()
             raise
 
     def rebuild(self, layer: Layer) -> None:
@@ -305,7 +297,7 @@ class Engine:
     def ingest_sealed_layer(self, layer: SnapshotId) -> None:
         """Turn a sealed layer, whose lower ones are not, into the driver's own form.
 
-        What is mounted keeps the old one, which `collect` removes once nothing has it any more.
+        What is mounted keeps the old one, which is collected once nothing has it any more.
 
         Raises:
             InvalidArgument: it holds something that no layer's tar can hold, or one below it does. It stays as it is.
@@ -366,7 +358,7 @@ class Engine:
                 snapshots.hold(transaction, lease, winner.id if winner else snapshot)
         faults.point("ingest.recorded")
         if superfluous:
-            self._undo(snapshot)
+            self.rubbish.undo(snapshot)
         return snapshots.get(self.db, key)
 
     # Snapshots.
@@ -568,7 +560,7 @@ class Engine:
     def remove(self, snapshot: Snapshot, also: Also | None = None) -> None:
         """Remove a snapshot of any kind; `also` is recorded in the same transaction (what else goes with it).
 
-        A committed one's layer stays until `collect`.
+        A committed one's layer stays until it is collected.
 
         Raises:
             FailedPrecondition: it has children, an image or a container has it, or it is mounted and in use.
@@ -588,121 +580,6 @@ class Engine:
         faults.point("remove.removed")
         with self.db.transaction(durable=False) as transaction:
             snapshots.forget(transaction, snapshot)
-
-    def free_removed(self) -> bool:
-        """Free what was marked as removed; False: some of it is still in use."""
-        return self._free(snapshots.removed(self.db))
-
-    def _free(self, gone: Sequence[SnapshotId]) -> bool:
-        """Remove snapshots' storage, and then their rows; False: some are still in use, and stay.
-
-        A sealed one's storage goes with its layer.
-        """
-        done = [one for one in gone if snapshots.is_layer(self.db, one) or self._remove_storage(one)]
-        if done:
-            with self.db.transaction(durable=False) as transaction:
-                for snapshot in done:
-                    snapshots.forget(transaction, snapshot)
-        return len(done) == len(gone)
-
-    # Rubbish.
-
-    def collect(self, timeout: float = 60) -> Collected:
-        """Remove what was marked for it, the images' layers that no image has, and the objects that no layer needs.
-
-        Runs beside everything else; only running ingests are waited for, `timeout` seconds, before objects are removed.
-        """
-        free = self.driver.space().free
-        self.free_removed()
-        with self.db.transaction() as transaction:
-            for holder in snapshots.lease_holders(self.db):
-                if not workspace.is_alive(self.driver.scratch, holder.partition("/")[0]):
-                    snapshots.release(transaction, holder)
-            snapshots.forget_unused_chains(transaction)
-        faults.point("collect.chains-forgotten")
-        gone = 0
-        for layer in snapshots.unused_layers(self.db):
-            with self.db.transaction() as transaction:
-                gone += snapshots.forget_layer(transaction, layer)
-            faults.point("collect.layer-forgotten")
-        waiting = not self._remove_unknown()
-        faults.point("collect.layers-removed")
-        with self.db.transaction() as transaction:
-            objects = snapshots.forget_unused_objects(transaction)
-            snapshots.forget_unused_blobs(transaction)
-            profiles.forget_unused(transaction)
-        faults.point("collect.objects-forgotten")
-        try:
-            self.driver.sweep_objects(self._known_objects, timeout)
-        except BlockingIOError:
-            waiting = True
-        return Collected(gone, objects, max(0, self.driver.space().free - free), waiting)
-
-    def reconcile(self) -> None:
-        """Undo what dead processes left half done. Cheap when there is nothing; thorough once after each boot."""
-        dead = [snapshot for snapshot, owner in snapshots.unfinished(self.db) if not self._is_alive(owner)]
-        if dead:
-            self._sweep_if_idle()  # while the rows still say that there is something to do
-        for snapshot in dead:
-            self._undo(snapshot)
-        faults.point("reconcile.undone")
-        workspace.sweep(self.driver.scratch)
-        faults.point("reconcile.swept")
-        boot = _BOOT_ID.read_text().strip()
-        if self.db.setting("boot_id") != boot:
-            self._restore_sealed()
-            self._remove_unknown()
-            if self._sweep_if_idle():
-                self.db.set_setting("boot_id", boot)
-
-    def _restore_sealed(self) -> None:
-        """Empty layers are sealed without a sync, so power loss may have taken them: an empty one is made again."""
-        for layer in snapshots.sealed_layers(self.db):
-            user = snapshots.any_user(self.db, layer)
-            if user is not None and not self.driver.has(layer):
-                self.driver.prepare(layer, snapshots.layers_below(self.db, user.parent))
-
-    def _undo(self, snapshot: SnapshotId) -> None:
-        log.info("undoing unfinished snapshot %s", snapshot)
-        self._free([snapshot])
-
-    def _remove_unknown(self) -> bool:
-        """Remove storage that no row names; False: some is still in use and stays until the next time."""
-        stored = self.driver.stored()  # before the rows: whoever makes storage records the intent first
-        known = snapshots.storage_ids(self.db)
-        unknown = (stored.snapshots - known.snapshots) | (stored.layers - known.layers)
-        # The newest first: what others were made of may have to stay (ZFS).
-        return not [one for one in sorted(unknown, reverse=True) if not self._remove_storage(one)]
-
-    def _remove_storage(self, snapshot: SnapshotId) -> bool:
-        """Remove all storage of that number; False: it is in use."""
-        try:
-            self.driver.remove_layer(snapshot)
-            faults.point("undo.layer-removed")
-            self.driver.remove(snapshot)
-        except FailedPrecondition as error:
-            log.info("snapshot %s is left for later: %s", snapshot, error)
-            return False
-        faults.point("remove.removed")
-        return True
-
-    def is_at_work(self) -> bool:
-        """Whether any process makes or removes a snapshot right now."""
-        return any(self._is_alive(owner) for _, owner in snapshots.unfinished(self.db))
-
-    def _sweep_if_idle(self) -> bool:
-        """Remove the objects that nothing names, unless an ingest runs: then it is left to the next who looks."""
-        try:
-            self.driver.sweep_objects(self._known_objects, timeout=0)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _is_alive(self, owner: str | None) -> bool:
-        return owner is not None and workspace.is_alive(self.driver.scratch, owner)
-
-    def _known_objects(self) -> Container[ObjectDigest]:
-        return {digest for digest, _ in snapshots.objects(self.db)}
 
     # Common steps.
 

@@ -68,7 +68,7 @@ def open_root(config: Config, *, create: bool = True) -> Iterator[Opened]:
         raise
     engine = Engine(db, driver, config.floor())
     try:
-        engine.reconcile()
+        engine.rubbish.reconcile()
         yield Opened(engine, pool)
     finally:
         engine.close()

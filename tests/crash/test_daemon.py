@@ -91,7 +91,7 @@ class Daemon:
         assert self.end(signal.SIGTERM) == 0, self.log.read_text()
         with open_root(self.config) as opened:
             engine = opened.engine
-            engine.collect()
+            engine.rubbish.collect()
             assert list(check(engine)) == []
             scenario.assert_no_orphans(engine)
             assert snapshots.unfinished(engine.db) == []

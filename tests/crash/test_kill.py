@@ -115,7 +115,7 @@ def test_killed_again_while_recovering(
 def _recover(config: Config) -> None:
     scenario.forget_boot(config)
     with open_root(config) as opened:
-        opened.engine.collect()
+        opened.engine.rubbish.collect()
 
 
 def test_killed_while_a_root_is_made_or_removed(place: Place, record_property: Callable[[str, object], None]) -> None:

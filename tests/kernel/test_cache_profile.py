@@ -201,7 +201,7 @@ def test_it_travels_with_the_image(root: CacheRoot, tmp_path: Path, form: str) -
     save([image._replace(names=("docker.io/library/one:latest",))], target, SaveForm(form))
     root.containers.remove(root.containers.get("recorded"))
     root.images.remove("one")
-    root.engine.collect()
+    root.engine.rubbish.collect()
     source = str(target) if form == "docker-archive" else f"{form}:{target}"
     root.images.bring(source, SourceOptions(spool=tmp_path), ["one"], Silent())
     again = recorded(root)

@@ -166,7 +166,7 @@ def test_a_damaged_map_is_made_again_from_its_tar(engine: Engine) -> None:
     assert findings[0].repair == "made again from its own tar"
     assert layer_of(engine, bottom).digest == before.digest
     assert layer_of(engine, bottom).id != before.id
-    engine.collect()
+    engine.rubbish.collect()
     assert_whole(engine, top)
 
 
@@ -177,7 +177,7 @@ def test_a_damaged_recipe_waits_for_the_next_pull(engine: Engine) -> None:
     (finding,) = list(check(engine, repair=True))
     assert (finding.invariant, finding.repair) == ("tar", "marked: pull the images that need it again")
     bring(engine)
-    engine.collect()
+    engine.rubbish.collect()
     assert_whole(engine, top)
 
 

@@ -86,7 +86,7 @@ def test_dockers_containers_have_the_default_size_and_its_images_layers_have_non
     driver = OverlayDriver(limited / "data", default_size=LIMIT)
     driver.attach()
     engine = Engine(Database(limited / "db"), driver, Floor())
-    engine.reconcile()
+    engine.rubbish.reconcile()
     layers = Layers(Forest(engine, "docker"), lambda: None)
     layers.create("image", "", {}, "")
     layers.create("container", "image", {}, "", writable=True)

@@ -106,7 +106,7 @@ def behind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Behind]:
     config = Config(root=tmp_path / "root", driver=request.param).with_options(options)
     with open_root(config) as opened:
         yield Behind(opened.engine)
-        opened.engine.free_removed()
+        opened.engine.rubbish.free_removed()
         for info in list(opened.engine.driver.stored().snapshots):
             opened.engine.driver.unmount(info)
         opened.engine.detach()
@@ -186,8 +186,8 @@ def test_an_image_and_a_container(docker: Docker, behind: Behind) -> None:
         docker.ask("Remove", ID=layer)
         assert not docker.ask("Exists", ID=layer)["Exists"]
     docker.ask("Cleanup")
-    assert behind.engine.free_removed()
-    behind.engine.collect()
+    assert behind.engine.rubbish.free_removed()
+    behind.engine.rubbish.collect()
     stored = behind.engine.driver.stored()
     assert not stored.snapshots
     assert not stored.layers

@@ -375,7 +375,7 @@ def test_a_layer_of_an_image_of_ours_is_used(here: Served, tmp_path: Path) -> No
         assert (tree / "etc/new").read_bytes() == b"n" * 6000
         assert not (tree / "big1").exists()
     images.remove("base")
-    here.engine.collect()
+    here.engine.rubbish.collect()
     with here.looked_at(parent) as tree:
         assert (tree / "etc/new").read_bytes() == b"n" * 6000
 
@@ -467,7 +467,7 @@ def test_a_container_of_a_user_namespace_keeps_its_layers(busy: Served) -> None:
     layer = busy.forest.get("low").layer
     with shown(busy.client.prepare("container", "low", labels), busy.directory / "target") as tree:
         eventually(lambda: _assert(not _sealed(busy)))
-        busy.engine.collect()
+        busy.engine.rubbish.collect()
         assert layer in busy.engine.driver.stored().snapshots
         assert (tree / "big").read_bytes() == _BIG
         assert (tree / "big").stat().st_uid == 100_000

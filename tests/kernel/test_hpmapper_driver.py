@@ -53,7 +53,7 @@ def test_an_image_whose_chain_is_gone_does_not_keep_layers_from_being_removed(tm
         (image / "chain").unlink()
         one.engine.remove(upper)
         one.engine.remove(lower)
-        assert one.engine.collect().layers == 2
+        assert one.engine.rubbish.collect().layers == 2
         assert list((one.engine.driver.home / "i").iterdir()) == []
         one.engine.detach()
 

@@ -31,7 +31,7 @@ def subject(tmp_path: Path) -> Iterator[Subject]:
     driver = HpmapperDriver(pool)
     driver.attach()
     engine = Engine(Database(tmp_path / "db"), driver, Floor())
-    engine.reconcile()
+    engine.rubbish.reconcile()
     made = Subject(engine, tmp_path)
     try:
         yield made

@@ -149,7 +149,7 @@ def engine(place: Path) -> Iterator[Engine]:
     driver = OverlayDriver(place / "data")
     driver.attach()
     made = Engine(Database(place / "db"), driver, Floor())
-    made.reconcile()
+    made.rubbish.reconcile()
     yield made
     made.detach()
     made.close()

@@ -344,7 +344,7 @@ def test_killed_anywhere_and_resumed(
         migrate(source, target)
         migration.assert_shows(expected, target)
         with open_root(target) as opened:
-            opened.engine.collect()
+            opened.engine.rubbish.collect()
             assert list(check(opened.engine)) == []
             scenario.assert_no_orphans(opened.engine)
         record_property("kills", kills)

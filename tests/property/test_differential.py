@@ -77,7 +77,7 @@ def test_drivers_do_as_a_plain_directory_does(subject: Subject, layers: list[Lay
     try:
         for layer in layers:
             story.tell(layer)
-        subject.engine.collect()
+        subject.engine.rubbish.collect()
         assert list(check(subject.engine)) == []
     finally:
         story.end()
@@ -113,7 +113,7 @@ class _Story:
         self._commit(layer.way, key, diff)
         assert_same(self._opened(view := f"view-{next(_numbers)}"), self._model)
         self._forest.remove(view)
-        self._engine.free_removed()
+        self._engine.rubbish.free_removed()
 
     def _compare_changes(self, key: str, before: dict[bytes, Facts], image: _Image) -> None:
         """The changes are those between the facts, and perhaps of what was written to for nothing: who looks at what
@@ -175,7 +175,7 @@ class _Story:
             child = self._forest.prepare(f"child-{next(_numbers)}", name, {}).snapshot
             self._engine.ingest_sealed(child)
             self._forest.remove(self._forest.key_of(child))
-            self._engine.free_removed()
+            self._engine.rubbish.free_removed()
 
     def end(self) -> None:
         """Remove all of it; nothing may be left."""

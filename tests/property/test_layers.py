@@ -196,7 +196,7 @@ def _subject(make: Callable[[Path], Driver], directory: Path) -> Iterator[Subjec
     driver = make(directory)
     driver.attach()
     engine = Engine(Database(directory / "db"), driver, Floor())
-    engine.reconcile()
+    engine.rubbish.reconcile()
     try:
         yield Subject(engine, directory)
     finally:

@@ -184,7 +184,7 @@ def _collect(config: Config) -> None:
     status = 1
     try:
         with open_root(config) as opened:
-            status = 0 if opened.engine.collect().layers else 2
+            status = 0 if opened.engine.rubbish.collect().layers else 2
     finally:
         os._exit(status)
 

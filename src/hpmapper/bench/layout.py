@@ -98,7 +98,7 @@ def opened(variant: Variant, root: Path) -> Iterator[tuple[Engine, HpmapperDrive
     driver = kind(pool, inline_below=variant.inline_below, map_form=variant.form)
     driver.attach()
     engine = Engine(Database(root / "hpmapper.db"), driver, Floor())
-    engine.reconcile()
+    engine.rubbish.reconcile()
     try:
         yield engine, driver
     finally:

@@ -122,7 +122,7 @@ class DriverSide:
 
     def forget(self, image: str) -> None:
         self._images.remove(image)
-        self.engine.collect()
+        self.engine.rubbish.collect()
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def rm(state: State, names: Sequence[str], no_gc: bool) -> None:
         for name in names:
             opened.images.find(name)
         gone = {name: opened.images.remove(name) for name in names}
-        collected = opened.engine.collect() if any(gone.values()) and not no_gc else None
+        collected = opened.engine.rubbish.collect() if any(gone.values()) and not no_gc else None
     freed = collected.bytes if collected else 0
     facts = {"images": [{"name": name, "removed": removed} for name, removed in gone.items()], "bytes_freed": freed}
     lines = [f"{'removed' if removed else 'untagged'} {name}" for name, removed in gone.items()]

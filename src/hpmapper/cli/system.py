@@ -235,7 +235,7 @@ def gc(state: State) -> None:
     runs at the lowest priority.
     """
     with _at_lowest_priority(), session(state) as opened:
-        collected = opened.engine.collect()
+        collected = opened.engine.rubbish.collect()
     output.show(
         state,
         dataclasses.asdict(collected),

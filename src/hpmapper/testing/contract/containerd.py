@@ -51,7 +51,7 @@ class _Snapshotter:
     def remove(self, key: str) -> None:
         """And free what it occupied, as whoever tidies up does."""
         self.forest.remove(key)
-        self._subject.engine.free_removed()
+        self._subject.engine.rubbish.free_removed()
 
     def walked(self) -> dict[str, Info]:
         return {info.key: info for info in self.forest.walk()}

@@ -271,7 +271,7 @@ def parents_stay(subject: Subject) -> None:
     base = subject.image(_BASE)
     container = subject.container(base)
     refused(FailedPrecondition, lambda: subject.engine.remove(base))
-    subject.engine.collect()
+    subject.engine.rubbish.collect()
     assert (subject.root(container) / "etc/passwd").exists()
 
 
@@ -283,7 +283,7 @@ def collecting(subject: Subject) -> None:
     keeper = subject.container(base)
     top = subject.layer(single, base)
     assert top.layer is not None
-    subject.engine.collect()
+    subject.engine.rubbish.collect()
     assert subject.driver.stored().layers == {base.layer}
     assert (subject.root(keeper) / "shared").read_bytes() == b"s" * 70_000
     subject.assert_whole(base)

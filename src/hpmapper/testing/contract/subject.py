@@ -130,7 +130,7 @@ class Subject:
                 self.engine.remove(snapshot)
         for snapshot in reversed(list(snapshots.walk(self.engine.db))):
             self.engine.remove(snapshot)
-        self.engine.collect()
+        self.engine.rubbish.collect()
 
     def assert_nothing_left(self) -> None:
         """Fail unless the driver's storage is as empty as at first."""
@@ -162,7 +162,7 @@ def subject(driver: Driver, directory: Path) -> Iterator[Subject]:
     work = directory / "contract"
     work.mkdir()
     engine = Engine(Database(work / "contract.db"), driver, Floor())
-    engine.reconcile()
+    engine.rubbish.reconcile()
     try:
         under_test = Subject(engine, work)
         yield under_test
