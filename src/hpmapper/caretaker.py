@@ -41,6 +41,10 @@ _RETRY_SECONDS = 30.0
 """What is in use is tried again after that time."""
 
 
+_THOROUGH_SECONDS = 600.0
+"""Between two walks of all objects that no removed layer asks for. containerd has us clean up after each container."""
+
+
 class Caretaker:
     """A root's caretaker; it may be told things from any thread, before `start` as well."""
 
@@ -51,6 +55,7 @@ class Caretaker:
         self._stopping = False
         self._retry_at = math.inf
         self._collect_at = math.inf
+        self._thorough_at = -math.inf
         self._freed_at = -math.inf
         self._removed = True  # a daemon before this one may have left some
         self._collect = True
@@ -155,9 +160,14 @@ class Caretaker:
             return None, _RETRY_SECONDS
 
     def _collect_all(self) -> None:
-        if self._engine.rubbish.collect().waiting:
+        now = time.monotonic()
+        thorough = now >= self._thorough_at
+        if self._engine.rubbish.collect(thorough=thorough).waiting:
+            self._thorough_at = -math.inf
             with self._wake:
                 self._collect_at = time.monotonic() + _RETRY_SECONDS
+        elif thorough:
+            self._thorough_at = now + _THOROUGH_SECONDS
 
     def _free(self) -> None:
         if not self._engine.rubbish.free_removed():

@@ -93,7 +93,7 @@ class _Check:
             if self._repair:
                 self._driver.remove_layer(layer)
             yield Finding("unnamed", f"storage of layer {layer}", "nothing names it", done, self._repair)
-        strays = stored.objects - {digest for digest, _ in snapshots.objects(self._db)}
+        strays = self._driver.stored_objects() - {digest for digest, _ in snapshots.objects(self._db)}
         if strays and self._engine.rubbish.is_at_work():
             return  # they may be on their way in
         if strays and self._repair:

@@ -58,10 +58,12 @@ class Rubbish:
                     snapshots.forget(transaction, snapshot)
         return len(done) == len(gone)
 
-    def collect(self, timeout: float = 60) -> Collected:
+    def collect(self, timeout: float = 60, *, thorough: bool = True) -> Collected:
         """Remove what was marked for it, the images' layers that no image has, and the objects that no layer needs.
 
         Runs beside everything else; only running ingests are waited for, `timeout` seconds, before objects are removed.
+
+        `thorough`: walk all objects even if no layer went; then only what failed before has left any to remove.
         """
         free = self._driver.space().free
         self.free_removed()
@@ -78,13 +80,15 @@ class Rubbish:
             faults.point("collect.layer-forgotten")
         waiting = not self._remove_unknown()
         faults.point("collect.layers-removed")
+        walk = thorough or gone > 0
         with self._db.transaction() as transaction:
-            objects = snapshots.forget_unused_objects(transaction)
+            objects = snapshots.forget_unused_objects(transaction) if walk else 0
             snapshots.forget_unused_blobs(transaction)
             profiles.forget_unused(transaction)
         faults.point("collect.objects-forgotten")
         try:
-            self._driver.sweep_objects(self._known_objects, timeout)
+            if walk:
+                self._driver.sweep_objects(self._known_objects, timeout)
         except BlockingIOError:
             waiting = True
         return Collected(gone, objects, max(0, self._driver.space().free - free), waiting)

@@ -96,7 +96,7 @@ class Daemon:
             scenario.assert_no_orphans(engine)
             assert snapshots.unfinished(engine.db) == []
             stored = engine.driver.stored()
-            assert (stored.snapshots, stored.layers, stored.objects) == (set(), set(), set())
+            assert (stored.snapshots, stored.layers, engine.driver.stored_objects()) == (set(), set(), set())
             engine.detach()
         assert mounts_below(self.config.root) == []
         assert loops_over(self.directory) == []

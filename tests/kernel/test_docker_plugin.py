@@ -191,7 +191,7 @@ def test_an_image_and_a_container(docker: Docker, behind: Behind) -> None:
     stored = behind.engine.driver.stored()
     assert not stored.snapshots
     assert not stored.layers
-    assert not stored.objects
+    assert not behind.engine.driver.stored_objects()
 
 
 def test_a_layer_written_through_its_mount_is_a_layer_too(docker: Docker, behind: Behind) -> None:

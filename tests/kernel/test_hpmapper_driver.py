@@ -15,31 +15,54 @@ from hpmapper.erofs.reader import Map
 from hpmapper.kernel import cachestat, sync
 from hpmapper.layer.stream import Expected
 from hpmapper.meta.snapshots import Snapshot
+from hpmapper.model import ObjectDigest
 from hpmapper.root import open_root
 from hpmapper.testing.tars import DIR, member, tar
 
 pytestmark = pytest.mark.kernel
 
 
-def test_a_map_is_read_ahead_when_it_is_mounted(tmp_path: Path) -> None:
-    """A start after a boot does not ask the disk for one block of names after the other."""
+def test_a_map_is_read_ahead_when_nothing_of_it_is_cached(tmp_path: Path) -> None:
+    """A start after a boot, or much later, does not ask the disk for one block of names after the other."""
     config = Config(root=tmp_path / "root", driver="hpmapper").with_options(["pool.size=400M", "min_free_space=0"])
     with open_root(config) as one:
         layer = tar(*(member(b"%d" % number, os.urandom(900)) for number in range(300)))
         top = one.engine.ingest(None, io.BytesIO(layer), Expected()).snapshot
         assert isinstance(one.engine.driver, HpmapperDriver)
         (path,) = one.engine.driver.map_files([top.id])
-        size = path.stat().st_size
+        pages = -(-path.stat().st_size // os.sysconf("SC_PAGESIZE"))
         sync.syncfs(path)
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        before = cachestat.cachestat(path).cached
-        active = one.engine.prepare("active", top)
-        one.engine.mount(active)
-        after = cachestat.cachestat(path).cached
-        one.engine.unmount(active)
+        seen = []
+        for name in ("after a boot", "much later"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            seen.append(cachestat.cachestat(path).cached)
+            active = one.engine.prepare(name, top)
+            one.engine.mount(active)
+            seen.append(cachestat.cachestat(path).cached)
+            one.engine.unmount(active)
         one.engine.detach()
-    assert (before, after) == (0, -(-size // os.sysconf("SC_PAGESIZE")))
+    assert seen == [0, pages, 0, pages]
+
+
+def test_objects_are_walked_when_a_layer_went_or_a_thorough_collection_is_wanted(tmp_path: Path) -> None:
+    config = Config(root=tmp_path / "root", driver="hpmapper").with_options(["pool.size=400M", "min_free_space=0"])
+    with open_root(config) as one:
+        assert isinstance(one.engine.driver, HpmapperDriver)
+        top = one.engine.ingest(None, io.BytesIO(tar(member(b"large", bytes(5000)))), Expected()).snapshot
+        active = one.engine.prepare("active", top)
+        (known,) = one.engine.driver.stored_objects()
+        stray = Path(one.engine.driver.object_file(ObjectDigest(b"\1" * 32)))
+        stray.parent.mkdir(exist_ok=True)
+        stray.touch()
+        one.engine.rubbish.collect(thorough=False)
+        assert stray.exists()
+        one.engine.rubbish.collect()
+        assert one.engine.driver.stored_objects() == {known}
+        one.engine.remove(active)
+        assert one.engine.rubbish.collect(thorough=False).objects == 1
+        assert not one.engine.driver.stored_objects()
+        one.engine.detach()
 
 
 def test_an_image_whose_chain_is_gone_does_not_keep_layers_from_being_removed(tmp_path: Path) -> None:

@@ -134,11 +134,10 @@ class Ingested:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What lies on disk, named by the database or not."""
+    """Whose storage lies on disk, named by the database or not."""
 
     snapshots: set[SnapshotId] = field(default_factory=set)
     layers: set[SnapshotId] = field(default_factory=set)
-    objects: set[ObjectDigest] = field(default_factory=set)
 
 
 class MountSpec(NamedTuple):
@@ -313,7 +312,10 @@ class Driver(Protocol):
         """
 
     def stored(self) -> Stored:
-        """What lies on disk."""
+        """Whose storage lies on disk."""
+
+    def stored_objects(self) -> set[ObjectDigest]:
+        """The objects on disk: a walk of them all."""
 
     def usage(self, snapshot: SnapshotId) -> Usage:
         """What a snapshot alone occupies: extents shared with the image do not count.

@@ -375,6 +375,9 @@ class DirectoryLayers:
     def sweep_objects(self, known: Callable[[], Container[ObjectDigest]], timeout: float) -> int:
         return 0
 
+    def stored_objects(self) -> set[ObjectDigest]:
+        return set()
+
     def status(self) -> dict[str, str]:
         return {
             "Backing Filesystem": filesystem_name(self.home),

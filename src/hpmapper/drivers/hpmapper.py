@@ -33,7 +33,7 @@ from typing import BinaryIO, cast
 from blake3 import blake3
 
 from hpmapper import faults, pace
-from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress, Stored
+from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress
 from hpmapper.drivers.upper import Stack, UpperDriver, unmount_path
 from hpmapper.erofs.kept import kept_tree
 from hpmapper.erofs.plan import NoRoom
@@ -41,6 +41,8 @@ from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import extend_map, write_map
 from hpmapper.errors import Corrupt, HpmapperError
 from hpmapper.kernel import clone, lock, mount, sync
+from hpmapper.kernel.cachestat import cachestat
+from hpmapper.kernel.syscall import opened
 from hpmapper.layer.build import Below, LayerBuilder
 from hpmapper.layer.merge import Spools, merge
 from hpmapper.layer.merged import Later, LayerView, Merged
@@ -64,7 +66,13 @@ _WASTED_MOST = 0.25
 _ANY_UUID = "00" * 16
 
 _READ_AHEAD = 16 << 20
-"""Bytes of a map that are read when it is mounted: all of it, but of the largest images' (250 bytes for each file)."""
+"""Bytes of a map that are read when it is mounted, and at a start that finds nothing of it cached: all of it, but of
+the largest images' (250 bytes for each file)."""
+
+_PIECE = 128 << 10
+"""Bytes asked for at a time. Of more, Linux reads no more than the device takes in one request (mm/readahead.c)."""
+
+_BEGINNING = 64 << 10
 
 
 class HpmapperDriver(UpperDriver):
@@ -258,6 +266,9 @@ class HpmapperDriver(UpperDriver):
             kept = known()
             return self._objects.delete([digest for digest in self._objects if digest not in kept])
 
+    def stored_objects(self) -> set[ObjectDigest]:
+        return set(self._objects)
+
     def space(self) -> Space:
         return self._pool.space()
 
@@ -295,10 +306,6 @@ class HpmapperDriver(UpperDriver):
         except (HpmapperError, OSError, ValueError) as error:
             return f"cannot be compared with its layers: {error}"
         return None if same else "is not what its layers' maps give"
-
-    def stored(self) -> Stored:
-        found = super().stored()
-        return Stored(found.snapshots, found.layers, set(self._objects))
 
     def check_object(self, digest: ObjectDigest, size: int) -> str | None:
         found = self._objects.size(digest)
@@ -370,13 +377,14 @@ class HpmapperDriver(UpperDriver):
 
     def _mounted(self, path: str) -> str:
         """Where the map in the directory `path` is mounted; mounts it if it is not."""
-        target = f"{path}/m"
-        if not self._is_mounted(path):
+        image, target = f"{path}/map", f"{path}/m"
+        is_new = not self._is_mounted(path)
+        if is_new:
             with lock.exclusive(path):
                 if not self._is_mounted(path):
-                    form = mount.erofs(f"{path}/map", target, form=self._map_form)
-                    if form is mount.ErofsForm.FILE:
-                        _read_ahead(f"{path}/map")
+                    mount.erofs(image, target, form=self._map_form)
+        if _reads_file(target) and (is_new or not _is_in_use(image)):
+            _read_ahead(image)
         return target
 
     def _data(self) -> str:
@@ -398,13 +406,21 @@ class HpmapperDriver(UpperDriver):
         return [image] if image and image.exists() else [self._layer(layer) / "map" for layer in chain]
 
 
+def _reads_file(target: str) -> bool:
+    """Whether the map at `target` is mounted straight from its file: such file systems have no device's number."""
+    return os.major(os.stat(target).st_dev) == 0
+
+
+def _is_in_use(path: str) -> bool:
+    """Whether anything is cached of what every start reads of a map: the directories at its beginning."""
+    return cachestat(path, 0, _BEGINNING).cached > 0
+
+
 def _read_ahead(path: str) -> None:
     """Have a map read in the background: a start asks for names all over it, a block at a time."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(fd, 0, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(fd)
+    with opened(path) as fd:
+        for piece in range(0, min(_READ_AHEAD, os.fstat(fd).st_size), _PIECE):
+            os.posix_fadvise(fd, piece, _PIECE, os.POSIX_FADV_WILLNEED)
 
 
 def _names(chain: Path, layer: SnapshotId) -> bool:

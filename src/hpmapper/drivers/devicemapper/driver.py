@@ -263,6 +263,9 @@ class DeviceMapperDriver(directory.DirectoryLayers):
     def stored(self) -> Stored:
         return Stored(numbers(self.home / "a"), numbers(self.home / "l"))
 
+    def stored_objects(self) -> set[ObjectDigest]:
+        return set()
+
     # For the cache (`hpmapper.cache.places`).
 
     def own_files(self, snapshot: SnapshotId) -> Path:

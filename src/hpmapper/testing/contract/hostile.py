@@ -26,10 +26,10 @@ _SECRET = b"another image's secret " * 1000
 
 def _refused(subject: Subject, blob: bytes, parent: Snapshot | None = None, expect: Expected | None = None) -> str:
     """Fail unless the layer is refused by one of our errors and leaves nothing; returns what the error says."""
-    before = subject.driver.stored()
+    before = subject.driver.stored(), subject.driver.stored_objects()
     offered = Blob(expect or Expected(), lambda: io.BytesIO(blob))
     error = refused((Corrupt, InvalidArgument), lambda: subject.engine.take_layer(parent, offered))
-    assert subject.driver.stored() == before, f"something is left of {error}"
+    assert (subject.driver.stored(), subject.driver.stored_objects()) == before, f"something is left of {error}"
     return str(error)
 
 

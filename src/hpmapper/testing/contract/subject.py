@@ -137,7 +137,8 @@ class Subject:
         stored = self.driver.stored()
         assert not stored.snapshots, f"snapshots left: {sorted(stored.snapshots)}"
         assert not stored.layers, f"layers left: {sorted(stored.layers)}"
-        assert not stored.objects, f"objects left: {len(stored.objects)}"
+        objects = self.driver.stored_objects()
+        assert not objects, f"objects left: {len(objects)}"
         workspaces = [path for path in self.driver.scratch.iterdir() if list(path.iterdir())]
         assert not workspaces, f"unfinished things left: {workspaces}"
 
