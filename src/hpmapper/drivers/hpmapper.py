@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import io
 import logging
+import mmap
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -66,13 +67,15 @@ _WASTED_MOST = 0.25
 _ANY_UUID = "00" * 16
 
 _READ_AHEAD = 16 << 20
-"""Bytes of a map that are read when it is mounted, and at a start that finds nothing of it cached: all of it, but of
-the largest images' (250 bytes for each file)."""
+"""Bytes of a map that a start reads ahead which finds next to nothing of it cached: all, but of the largest images'
+(250 bytes for each file)."""
 
 _PIECE = 128 << 10
 """Bytes asked for at a time. Of more, Linux reads no more than the device takes in one request (mm/readahead.c)."""
 
-_BEGINNING = 64 << 10
+_BEGINNING = 1 << 20
+_AT_MOUNT = 8
+"""Pages: mounting a map reads its superblock and root, a start dozens."""
 
 
 class HpmapperDriver(UpperDriver):
@@ -104,7 +107,8 @@ class HpmapperDriver(UpperDriver):
 
     def attach(self) -> None:
         self._pool.attach()
-        self._make_home("o", "i")
+        self._make_home("i")
+        self._objects.make()
 
     def _owns_file_system(self) -> bool:
         return self._pool.config.kind is not PoolKind.DIRECTORY
@@ -377,15 +381,25 @@ class HpmapperDriver(UpperDriver):
 
     def _mounted(self, path: str) -> str:
         """Where the map in the directory `path` is mounted; mounts it if it is not."""
-        image, target = f"{path}/map", f"{path}/m"
-        is_new = not self._is_mounted(path)
-        if is_new:
+        target = f"{path}/m"
+        if not self._is_mounted(path):
             with lock.exclusive(path):
                 if not self._is_mounted(path):
-                    mount.erofs(image, target, form=self._map_form)
-        if _reads_file(target) and (is_new or not _is_in_use(image)):
-            _read_ahead(image)
+                    mount.erofs(f"{path}/map", target, form=self._map_form)
         return target
+
+    def _mount(self, top: str, below: Stack, read_only: bool, layer: Callable[[str], str | int]) -> None:
+        super()._mount(top, below, read_only, layer)
+        with suppress(OSError):  # a container starts without it, too
+            self._read_ahead(below)  # not before: the mount would wait behind it
+
+    def _read_ahead(self, below: Stack) -> None:
+        """Have the names that a start will ask for read in the background, if nothing has asked lately."""
+        cold = [path for path in _files_of_maps(below.lowers) if _is_cold(path)]
+        for path in cold:
+            _read_map_ahead(path)
+        if cold:
+            self._objects.read_ahead()
 
     def _data(self) -> str:
         return str(self._objects.directory)
@@ -406,17 +420,21 @@ class HpmapperDriver(UpperDriver):
         return [image] if image and image.exists() else [self._layer(layer) / "map" for layer in chain]
 
 
-def _reads_file(target: str) -> bool:
-    """Whether the map at `target` is mounted straight from its file: such file systems have no device's number."""
-    return os.major(os.stat(target).st_dev) == 0
+def _files_of_maps(lowers: Sequence[str]) -> Iterator[str]:
+    """The maps among an overlay's layers that are mounted straight from files, and so have no block device's number."""
+    for lower in lowers:
+        above, name = os.path.split(lower)
+        if name == "m" and os.major(os.stat(lower).st_dev) == 0:
+            yield f"{above}/map"
 
 
-def _is_in_use(path: str) -> bool:
-    """Whether anything is cached of what every start reads of a map: the directories at its beginning."""
-    return cachestat(path, 0, _BEGINNING).cached > 0
+def _is_cold(path: str) -> bool:
+    """Whether no more is cached of a map's beginning than mounting it has read."""
+    pages = -(-min(os.stat(path).st_size, _BEGINNING) // mmap.PAGESIZE)
+    return cachestat(path, 0, _BEGINNING).cached < min(_AT_MOUNT, pages)
 
 
-def _read_ahead(path: str) -> None:
+def _read_map_ahead(path: str) -> None:
     """Have a map read in the background: a start asks for names all over it, a block at a time."""
     with opened(path) as fd:
         for piece in range(0, min(_READ_AHEAD, os.fstat(fd).st_size), _PIECE):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -25,7 +25,10 @@ from hpmapper import faults
 from hpmapper.errors import Corrupt
 from hpmapper.files import Pieces, Segments, write_data, write_file
 from hpmapper.kernel import lock, sync
+from hpmapper.kernel.syscall import opened
 from hpmapper.model import ObjectDigest, object_path
+
+_DIRECTORIES = {f"{number:02x}" for number in range(256)}
 
 _BUFFERED = 8 << 20
 """Files up to this many bytes are digested before anything is written, so a known one costs no write at all."""
@@ -45,6 +48,20 @@ class ObjectStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._prefix = f"{directory}/"
+
+    def make(self) -> None:
+        """Make the directories that are missing. All at once, so that their inodes lie together on the disk: a start
+        with empty caches waits for each place where some lie."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in _DIRECTORIES - set(os.listdir(self.directory)):
+            with suppress(FileExistsError):  # another process is at it
+                os.mkdir(self._prefix + name, 0o700)
+
+    def read_ahead(self) -> None:
+        """Have the directories read in the background: opening one has XFS read its first block (xfs_dir_open)."""
+        with opened(self.directory) as top:
+            for name in os.listdir(top):
+                os.close(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top))
 
     def path(self, digest: ObjectDigest) -> str:
         """Where the object is, or would be. A string: an ingest asks for tens of thousands."""
