@@ -19,16 +19,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
-from hpmapper.cache.places import Places
+from hpmapper.cache.places import Places, places
+from hpmapper.cache.profile import Profile
 from hpmapper.cache.record import is_cold
 from hpmapper.cache.replay import sweep
 from hpmapper.cache.start import ImageFiles, StartSettings, keep, load, record
 from hpmapper.drivers.base import Driver
 from hpmapper.errors import HpmapperError
 from hpmapper.meta.db import Database
-from hpmapper.meta.snapshots import Snapshot
+from hpmapper.meta.snapshots import Snapshot, layers_below
 from hpmapper.model import ObjectDigest, SnapshotId
 
 log = logging.getLogger(__name__)
@@ -130,16 +132,23 @@ class Starts:
         profile = load(self._db, parent)
         if profile is None and not (mounted and self._settings.record):
             return  # looking up the image's objects takes milliseconds
+        if profile is not None and profile.cold:
+            maps = places(self._driver).map_files(layers_below(self._db, parent))
+            self._read_ahead(profile, next(iter(maps), None))
+            return
         files = ImageFiles(self._db, self._driver, parent)
         if files.chain_id is None or not files.objects:
             self._count(skipped=1)
-        elif profile is not None and (profile.cold or not self._is_cold(files)):
-            if self._settings.replay:
-                swept = sweep(profile, files.places, files.map_file)
-                done = "read_ahead" if swept.files else "cached"
-                self._count(**{done: 1, "read_ahead_bytes": swept.bytes})
+        elif profile is not None and not self._is_cold(files):
+            self._read_ahead(profile, files.map_file)
         elif mounted and self._settings.record:
             self._begin_recording(files.chain_id, files)
+
+    def _read_ahead(self, profile: Profile, map_file: Path | None) -> None:
+        if self._settings.replay:
+            swept = sweep(profile, places(self._driver), map_file)
+            done = "read_ahead" if swept.files else "cached"
+            self._count(**{done: 1, "read_ahead_bytes": swept.bytes})
 
     def _is_cold(self, files: ImageFiles) -> bool:
         return is_cold(files.places, files.objects)
