@@ -18,10 +18,6 @@ BLOCK_SIZE = 4096
 """Logical block size of pools, whatever lies below: direct I/O from a loop device then is aligned everywhere, and a
 pool image moves between disks of 512-byte and 4-KiB sectors."""
 
-_DIRECTORY_BLOCK = 16384
-"""Of a new XFS. A directory of objects then is one block, for which a start with empty caches waits once, up to 47,000
-objects instead of 12,000 (docs/measurements.md). Any other directory of more than a few names takes 12 KiB more."""
-
 # mkfs.xfs refuses less since xfsprogs 5.19 (commit 6e0ed3d19c54, "stop allowing tiny filesystems"); mkfs.btrfs wants
 # 109 MiB or more, and below 256 MiB nothing useful fits beside its metadata.
 _SMALLEST = {PoolFs.XFS: 300 * MIB, PoolFs.BTRFS: 256 * MIB}
@@ -57,7 +53,7 @@ def make(kind: PoolFs, target: Path, uuid: str) -> None:
     # No discard of the whole device (-K): a sparse file is empty, and a thin or network device may take minutes.
     if kind is PoolFs.XFS:
         command = ["mkfs.xfs", "-q", "-f", "-K", "-L", LABEL, "-s", f"size={BLOCK_SIZE}"]
-        run_tool([*command, "-n", f"size={_DIRECTORY_BLOCK}", "-m", f"crc=1,reflink=1,uuid={uuid}", target])
+        run_tool([*command, "-m", f"crc=1,reflink=1,uuid={uuid}", target])
     else:
         run_tool(["mkfs.btrfs", "-q", "-f", "-K", "-L", LABEL, "-U", uuid, target])
 
