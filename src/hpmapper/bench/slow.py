@@ -40,7 +40,10 @@ def slow_device(file: Path, target: Path, *, seconds: float = 0.001, rate: float
 def _served(program: Path, fuse: int, file: Path, seconds: float, rate: float) -> Iterator[None]:
     """Serve what is mounted. The server alone has the connection then: with its end requests fail, and none waits."""
     backing = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    line = [str(program), f"{seconds * 1e6:g}", f"{rate:.0f}", str(fuse), str(backing)]
+    # In a mount namespace of its own: the last process of one unmounts what is in it before it closes its files, and
+    # would wait for its own answers.
+    line = ["unshare", "--mount", "--propagation", "private", str(program)]
+    line += [f"{seconds * 1e6:g}", f"{rate:.0f}", str(fuse), str(backing)]
     try:
         # In a session of its own: a terminal's signal goes to all, and whoever mounted must end first.
         server = subprocess.Popen(line, stdout=subprocess.DEVNULL, pass_fds=(fuse, backing), start_new_session=True)
