@@ -137,6 +137,15 @@ def test_a_round_has_a_limit(tmp_path: Path) -> None:
         assert count(upper).cached >= SIZE - 8 * MIB
 
 
+def test_rounds_come_sooner_while_they_are_worth_it(tmp_path: Path) -> None:
+    with cache_root(tmp_path) as root:
+        manager = CacheManager(root.engine.db, root.engine.driver, Settings(pause=1.0, eager_pause=0.25))
+        intervals = [1.0]
+        for worth in (True, True, True, False, False, False, False, False, False, True):
+            intervals.append(manager._interval(intervals[-1], worth=worth))
+        assert intervals == [1.0, 0.5, 0.25, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 4.0]
+
+
 def test_it_dedupes_from_time_to_time(tmp_path: Path) -> None:
     with cache_root(tmp_path) as root:
         root.image("one", {"big": BIG})

@@ -18,6 +18,7 @@ from hpmapper.cache.stat import CacheStat, cache_stat
 from hpmapper.kernel import mincore
 from hpmapper.model import ObjectDigest
 from tests.cacheroot import MIB, CacheRoot, cache_root, forget
+from tests.serving import eventually
 
 pytestmark = pytest.mark.kernel
 
@@ -145,7 +146,6 @@ def test_the_command(tmp_path: Path) -> None:
         root.image("one", FILES)
         _, path = root.container("one", "c")
         root.forget()
-        (path / "big").read_bytes()
         (path / "new").write_bytes(b"n" * 10_000)
 
         def facts(*words: str) -> Any:
@@ -153,14 +153,24 @@ def test_the_command(tmp_path: Path) -> None:
             done = subprocess.run([*line, "cache", "stat", *words], capture_output=True, text=True, check=True)
             return json.loads(done.stdout)
 
-        whole = facts()
-        assert whole["objects"]["count"] == 2
-        assert whole["objects"]["cached"] >= ALMOST
-        assert [one["name"] for one in whole["containers"]] == ["c"]
-        assert whole["containers"][0]["cached"] >= 10_000
-        assert whole["images"][0]["containers"] == 1
-        (top,) = facts("--top", "1")
-        assert (top["kind"], top["name"]) == ("object", "docker.io/library/one:latest:/big")
-        assert ALMOST <= top["cached"] <= len(BIG)
+        def is_told() -> None:
+            (path / "big").read_bytes()
+            (path / "new").read_bytes()
+            whole = facts()
+            assert whole["objects"]["count"] == 2
+            assert whole["objects"]["cached"] >= ALMOST
+            assert [one["name"] for one in whole["containers"]] == ["c"]
+            assert whole["containers"][0]["cached"] >= 10_000
+            assert whole["images"][0]["containers"] == 1
+
+        def is_told_first() -> None:
+            (path / "big").read_bytes()
+            (top,) = facts("--top", "1")
+            assert (top["kind"], top["name"]) == ("object", "docker.io/library/one:latest:/big")
+            assert ALMOST <= top["cached"] <= len(BIG)
+
+        # Again: until a command has begun to look, a machine with much to do may have taken back what was read.
+        eventually(is_told)
+        eventually(is_told_first)
         assert [one["name"] for one in facts("--container", "c")] == ["c:/new"]
         assert facts("--image", "one")[0]["name"].endswith(":/big")

@@ -11,9 +11,9 @@ Only contents tell; for comparison, not for dropping.
 from __future__ import annotations
 
 import errno
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from blake3 import blake3
 from hpmapper.cache.activity import Work
 from hpmapper.cache.count import count_open, opened, regular_files
 from hpmapper.cache.inventory import Inventory
+from hpmapper.cache.origins import Blocks, Coverage, Origins, shared_extents
 from hpmapper.errors import Unsupported
 from hpmapper.kernel import fiemap
 from hpmapper.kernel.cachestat import cachestat
@@ -44,11 +45,15 @@ class Piece(NamedTuple):
 
 
 class SharedFile(NamedTuple):
-    """A file with such pieces. `owner`: the container it belongs to; None: it serves all of an image's."""
+    """A file with such pieces. `owner`: the container it belongs to; None: it serves all of an image's.
+
+    `blocks`: all that it shares, cached or not.
+    """
 
     path: str
     owner: SnapshotId | None
     pieces: Sequence[Piece]
+    blocks: Sequence[Blocks]
 
 
 class Duplicate(NamedTuple):
@@ -64,7 +69,9 @@ class Duplicate(NamedTuple):
         return self.end - self.start
 
 
-def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) -> list[Duplicate]:
+def find(
+    inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None, origins: Origins | None = None
+) -> list[Duplicate]:
     """All pages whose blocks are cached through another inode as well, those that are missed least first.
 
     None where each container has a device of its own: what it shares with others, no file system knows.
@@ -73,6 +80,9 @@ def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) ->
     then that of the busiest container (`work`: of each live one; by default all are taken for idle). An object that
     every reader has copied up comes last: nobody reads it there any more.
 
+    Args:
+        origins: of whoever looks again and again.
+
     Raises:
         Unsupported: the kernel has no cachestat(2), without which nobody knows what is dirty.
     """
@@ -80,16 +90,17 @@ def find(inventory: Inventory, work: Mapping[SnapshotId, Work] | None = None) ->
     own = list(_own_files(inventory)) if inventory.places.one_disk else []
     if not own:
         return []
-    shared = list(_shared_files(inventory, own))
+    layers = (origins or Origins()).of(inventory, [blocks for file in own for blocks in file.blocks])
+    shared = [file for path in layers if (file := shared_file(path, None))]
     index = _Index(shared)
     copies: dict[str, set[SnapshotId]] = defaultdict(set)
     for file in own:
         if file.owner in inventory.live:
             for path in index.paths_of(file):
                 copies[path].add(file.owner)
-    readers = _live_readers(inventory)
-    left = [file for file in shared if readers.get(file.path, 0) > len(copies[file.path])]
-    orphaned = [file for file in shared if readers.get(file.path, 0) <= len(copies[file.path])]
+    readers = {file.path: _live_readers(inventory, layers[file.path]) for file in shared}
+    left = [file for file in shared if readers[file.path] > len(copies[file.path])]
+    orphaned = [file for file in shared if readers[file.path] <= len(copies[file.path])]
     own.sort(key=lambda file: _rank(file.owner, inventory, work or {}), reverse=True)
     return _beyond_first([*left, *own, *orphaned])
 
@@ -110,7 +121,7 @@ def _rank(owner: SnapshotId | None, inventory: Inventory, work: Mapping[Snapshot
 
 def _beyond_first(files: Sequence[SharedFile]) -> list[Duplicate]:
     """Duplicates of what files before have; those of the last file first."""
-    covered = _Coverage()
+    covered = Coverage()
     found: list[list[Duplicate]] = []
     for file in files:
         of_file: list[Duplicate] = []
@@ -139,29 +150,6 @@ def _joined(found: Iterable[Duplicate]) -> list[Duplicate]:
     return joined
 
 
-class _Coverage:
-    """Disjoint ranges of the disk."""
-
-    def __init__(self) -> None:
-        self._ranges: list[tuple[int, int]] = []
-
-    def add(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Cover a range; returns those parts of it that were covered already."""
-        known: list[tuple[int, int]] = []
-        at = max(0, bisect_left(self._ranges, (start,)) - 1)
-        while at < len(self._ranges) and self._ranges[at][0] < end:
-            low, high = max(start, self._ranges[at][0]), min(end, self._ranges[at][1])
-            if low < high:
-                known.append((low, high))
-            at += 1
-        position = start
-        for low, high in [*known, (end, end)]:
-            if position < low:
-                insort(self._ranges, (position, low))
-            position = high
-        return known
-
-
 class _Index:
     """Which of some files has a block."""
 
@@ -185,55 +173,31 @@ class _Index:
 def _own_files(inventory: Inventory) -> Iterator[SharedFile]:
     for one in inventory.containers:
         for path, _ in regular_files(inventory.places.own_files(one.snapshot)):
-            pieces = shared_pieces(path)
-            if pieces:
-                yield SharedFile(path, one.snapshot, pieces)
+            file = shared_file(path, one.snapshot)
+            if file:
+                yield file
 
 
-def _shared_files(inventory: Inventory, own: Sequence[SharedFile]) -> Iterator[SharedFile]:
-    """Files of the images that share blocks with something. Of all images: a deduplicated file may have any origin."""
-    paths = {inventory.places.object_file(digest) for found in inventory.objects.values() for digest in found}
-    for layer in inventory.layers():
-        directory = inventory.places.layer_files(layer)
-        if directory is not None:
-            paths.update(path for path, _ in regular_files(directory))
-    for path in paths:
-        pieces = shared_pieces(path) if path else []
-        if path and pieces:
-            yield SharedFile(path, None, pieces)
+def _live_readers(inventory: Inventory, layers: Set[SnapshotId]) -> int:
+    """How many live containers stand on one of these layers."""
+    return sum(number for chain, number in inventory.live_chains().items() if not layers.isdisjoint(chain))
 
 
-def _live_readers(inventory: Inventory) -> dict[str, int]:
-    readers: dict[str, int] = defaultdict(int)
-    for chain, containers in inventory.live_chains().items():
-        for digest in inventory.objects_of(chain):
-            readers[inventory.places.object_file(digest) or ""] += containers
-        for layer in chain:
-            directory = inventory.places.layer_files(layer)
-            for path, _ in regular_files(directory) if directory else ():
-                readers[path] += containers
-    return readers
-
-
-def shared_pieces(path: str) -> list[Piece]:
-    """What of a file is cached, clean, and in blocks that it shares."""
+def shared_file(path: str, owner: SnapshotId | None) -> SharedFile | None:
+    """What of a file is cached, clean, and in blocks that it shares; None if that is nothing."""
     with opened(path, known=True) as fd:
         if fd is None:
-            return []
+            return None
         counts = count_open(fd)
-        if not counts.cached:
-            return []
-        extents = [extent for extent in fiemap.extents(fd) if _is_shareable(extent)]
+        extents = shared_extents(fd) if counts.cached else []
         if not extents:
-            return []
+            return None
         runs = resident(fd)
         if counts.dirty or counts.writeback:
             runs = [clean for run in runs for clean in clean_parts(fd, run)]
-        return list(_pieces(extents, runs))
-
-
-def _is_shareable(extent: fiemap.Extent) -> bool:
-    return extent.shared and extent.placed and not extent.flags & fiemap.FIEMAP_EXTENT_UNWRITTEN
+    pieces = list(_pieces(extents, runs))
+    blocks = [Blocks(extent.physical, extent.physical + extent.length) for extent in extents]
+    return SharedFile(path, owner, pieces, blocks) if pieces else None
 
 
 def _pieces(extents: Sequence[fiemap.Extent], runs: Sequence[Run]) -> Iterator[Piece]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 from hpmapper.cache.places import Places, places
 from hpmapper.drivers.base import Driver
@@ -26,21 +27,25 @@ class ImageUse:
     chain: Chain
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inventory:
     """What a root has.
 
     Attributes:
         places: where it is.
-        objects: of each layer.
         live: the containers that somebody can read from: those whose root is mounted. A driver without mounts has all.
     """
 
     places: Places
-    objects: dict[SnapshotId, list[ObjectDigest]]
     images: list[ImageUse]
     containers: list[ContainerUse]
     live: frozenset[SnapshotId]
+    read_objects: Callable[[], dict[SnapshotId, list[ObjectDigest]]] = field(repr=False)
+
+    @cached_property
+    def objects(self) -> dict[SnapshotId, list[ObjectDigest]]:
+        """Of each layer; read when it is first asked for, since there are many. A layer's objects never change."""
+        return self.read_objects()
 
     def objects_of(self, chain: Chain) -> set[ObjectDigest]:
         """Every object of a chain's layers, those included that a layer above hides."""
@@ -71,7 +76,7 @@ def take(db: Database, driver: Driver) -> Inventory:
         live = frozenset(mounted_snapshots(driver.scratch.parent))
     else:
         live = frozenset(one.snapshot for one in containers)
-    return Inventory(places(driver), uses.objects_of_layers(db), _images(db), containers, live)
+    return Inventory(places(driver), _images(db), containers, live, partial(uses.objects_of_layers, db))
 
 
 def _images(db: Database) -> list[ImageUse]:

@@ -10,10 +10,11 @@ Calm until the kernel reports pressure: a PSI trigger of the machine's memory, P
 stalls (level "low": "medium" did not come when a group read a file of three times its size).
 Then *relieving*: rounds of trimming, idle containers' duplicates first; those of containers at work only where the
 machine as a whole stalls (PSI "full"), because these read theirs from the disk again (docs/measurements.md). A round
-drops at most `round_bytes`; the next begins at least `pause` later, later still if looking was expensive, and later
-each time that nothing was dropped and nobody pressed. Calm again once pressure is below `calm_below` and no event came
-for `calm_after`: that is long, because where memory was short once it is short again, and what the kernel evicts before
-anybody looks is not the duplicates, but what was read longest ago.
+drops at most `round_bytes`. After one that was worth it the next begins twice as soon, down to `eager_pause`; after one
+that was not it takes twice as long, up to `pause` while somebody presses, and else up to a multiple of it; and always
+so long that looking takes no more than its share of the time. Calm again once pressure is below `calm_below` and no
+event came for `calm_after`: that is long, because where memory was short once it is short again, and what the kernel
+evicts before anybody looks is not the duplicates, but what was read longest ago.
 
 Nothing here is on anybody's way: whoever starts the thread can stop it, or die, at any moment.
 """
@@ -36,6 +37,7 @@ from hpmapper.cache import duplicates, inventory
 from hpmapper.cache.activity import LOOK_SECONDS, Activity, Work
 from hpmapper.cache.dedupe import Deduper, Throttle
 from hpmapper.cache.inventory import Inventory
+from hpmapper.cache.origins import Origins
 from hpmapper.cache.places import Places
 from hpmapper.cache.trim import trim
 from hpmapper.drivers.base import Driver
@@ -50,9 +52,13 @@ log = logging.getLogger(__name__)
 _WINDOW_US = 2_000_000
 """Of the PSI triggers: without CAP_SYS_RESOURCE only multiples of two seconds are taken (Linux 6.5)."""
 
-
 _MOST_PATIENCE = 8
 """How many pauses lie between two rounds at most, while nothing happens."""
+
+_WORTH = 512 << 20
+"""Bytes that a second of looking must have dropped to be worth it: as many as a fast disk reads in that time."""
+
+_WORTH_LEAST = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,9 @@ class Settings:
         busy_above: percent of time in which all tasks stall (PSI's full avg10) from which on containers at work lose
             their duplicates too.
         calm_after: seconds without an event after which it rests again.
-        round_bytes: dropped at most in one round. pause: seconds between rounds at least.
+        round_bytes: dropped at most in one round.
+        pause: seconds between rounds that are not worth it, while memory is short.
+        eager_pause: seconds between rounds at least.
         looking_share: at most this part of the time goes into looking for duplicates.
         dedupe_every: seconds between passes of deduplication; 0: never. io_limit: see `Throttle.limit`.
         groups: control groups to listen to; None: all there are.
@@ -77,6 +85,7 @@ class Settings:
     calm_after: float = 120.0
     round_bytes: int = 256 << 20
     pause: float = 1.0
+    eager_pause: float = 0.25
     looking_share: float = 0.1
     dedupe_every: float = 3600.0
     dedupe_min_age: float = 600.0
@@ -134,6 +143,7 @@ class CacheManager:
         self._thread: threading.Thread | None = None
         self._deduper = Deduper(Throttle(self._settings.io_limit), self._stop, self._settings.dedupe_min_age)
         self._activity = Activity()
+        self._origins = Origins()
 
     def start(self) -> None:
         """Begin. Does nothing when it runs already, or when the driver's cache cannot be looked into."""
@@ -218,21 +228,27 @@ class CacheManager:
         self._counters.add(relief_begun=1)
         if self._guarded(self._begin_watching) is not None:
             self._stop.wait(LOOK_SECONDS)
-        last_event, patience = time.monotonic(), self._settings.pause
+        last_event, interval = time.monotonic(), self._settings.pause
         while not self._stop.is_set():
             began, before = time.monotonic(), self._dropped()
-            looked = self._guarded(partial(self._round, busy=self._is_critical()))
-            least = max(self._settings.pause, (looked or 0.0) / self._settings.looking_share)
-            if least > self._settings.pause:
+            looked = self._guarded(partial(self._round, busy=self._is_critical())) or 0.0
+            worth = self._dropped() - before >= max(_WORTH_LEAST, looked * _WORTH)
+            interval = self._interval(interval, worth=worth)
+            earliest = began + max(min(interval, self._settings.pause), looked / self._settings.looking_share)
+            if earliest > began + interval:
                 self._counters.add(rounds_delayed=1)
-            pressed = self._rest(sources, began + least, began + max(least, patience))
-            if pressed:
+            if self._rest(sources, earliest, max(earliest, began + interval)):
                 last_event = time.monotonic()
+                interval = min(interval, self._settings.pause)
             quiet = time.monotonic() - last_event > self._settings.calm_after
             if quiet and not self._is_pressed():
                 return
-            active = pressed or self._dropped() > before
-            patience = self._settings.pause if active else min(2 * patience, _MOST_PATIENCE * self._settings.pause)
+
+    def _interval(self, last: float, *, worth: bool) -> float:
+        """Seconds until the next round, unless somebody presses."""
+        if worth:
+            return max(last / 2, min(self._settings.eager_pause, self._settings.pause))
+        return min(last * 2, _MOST_PATIENCE * self._settings.pause)
 
     def _rest(self, sources: select.poll, earliest: float, latest: float) -> bool:
         """Wait until then, or until pressure comes, but not less than until `earliest`; whether it came."""
@@ -273,7 +289,7 @@ class CacheManager:
         began = time.monotonic()
         taken = self._take()
         work: Mapping[SnapshotId, Work] = self._activity.look(taken)
-        found = duplicates.find(taken, work)
+        found = duplicates.find(taken, work, self._origins)
         looked = time.monotonic() - began
         done = trim(found, work, limit=self._settings.round_bytes, busy=busy, stop=self._stop)
         self._counters.add(
