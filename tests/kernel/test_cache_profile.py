@@ -242,7 +242,26 @@ def test_a_profile_of_other_contents_is_ignored(root: CacheRoot) -> None:
     assert count(files.map_file or "").cached == 0
 
 
-def test_objects_come_in_the_order_of_the_disk(root: CacheRoot) -> None:
+def test_what_is_cached_needs_no_process_beside(root: CacheRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_cold(root)
+
+    def begin(act: Callable[[Side], None]) -> Beside:
+        begun.append(act)
+        return Beside(act)
+
+    begun: list[Callable[[Side], None]] = []
+    monkeypatch.setattr(start, "Beside", begin)
+    start.replay(root.engine.db, root.engine.driver, root.images.find("one").top)
+    with started(root):
+        pass
+    assert not begun
+    root.forget()
+    with started(root):
+        pass
+    assert len(begun) == 1
+
+
+def test_objects_come_in_the_order_of_the_disk(root: CacheRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     from hpmapper.cache.profile import in_disk_order
     from hpmapper.kernel import fiemap
 
@@ -255,6 +274,8 @@ def test_objects_come_in_the_order_of_the_disk(root: CacheRoot) -> None:
     assert places == sorted(places)
     backwards = Profile(0, (), profile.objects[::-1])
     assert in_disk_order(backwards, files.places).objects == profile.objects
+    monkeypatch.setattr("hpmapper.cache.profile._STRETCH", 1)
+    assert in_disk_order(backwards, files.places) == backwards, "what is needed first is not put off for long"
 
 
 def test_a_process_beside_ends_with_its_maker_and_holds_nothing_open(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ As JSON, because it travels with images and is read by others than its maker:
     {"version": 1, "cold": true, "seconds": 12.5, "map": {"size": …, "ranges": [[start, length], …]},
      "objects": [{"digest": "…64 hexadecimal digits", "ranges": [[start, length], …]}, …]}
 
-Objects stand in the order in which the start opened them, or, where the disk rotates, in which they lie on it. A
-profile holds for contents, not for names: objects are named by digest, so one that the image no longer has is passed
-over; ranges of a map of another size are too. The worst that a false profile can do is to have some of the image's own
-files read ahead.
+Objects stand in the order in which the start opened them; where the disk rotates, each few dozen of them in the order
+in which they lie on it. A profile holds for contents, not for names: objects are named by digest, so one that the image
+no longer has is passed over; ranges of a map of another size are too. The worst that a false profile can do is to have
+some of the image's own files read ahead.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ VERSION = 1
 
 MAX_BYTES = 8 << 20
 """Of a profile. A hundred thousand files have room in it."""
+
+_STRETCH = 64
+"""Objects that are put in the order of the disk among themselves."""
 
 _Offset = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 _Range = tuple[_Offset, _Offset]
@@ -117,8 +120,9 @@ def decode(data: bytes, what: str) -> Profile:
 def for_this_disk(profile: Profile, places: Places) -> Profile:
     """With its objects in the order that this machine's disk likes best; those that are not here are left out.
 
-    A disk that rotates likes them as they lie on it. Others do not care, and what is needed first had better come
-    first: the start goes on while the rest is read (docs/measurements.md).
+    What is needed first had better come first: the start goes on while the rest is read (docs/measurements.md). A disk
+    that rotates likes them as they lie on it, so that is what a few dozen of them do; not all, since many virtual
+    disks rotate in name only.
     """
     here = tuple(one for one in profile.objects if os.path.exists(places.object_file(one[0]) or ""))
     found = replace(profile, objects=here)
@@ -138,14 +142,15 @@ def rotates(path: Path) -> bool:
 
 
 def in_disk_order(profile: Profile, places: Places) -> Profile:
-    """With its objects as they lie on this machine's disk; those that are not here are left out."""
+    """With its objects by stretches as they lie on this machine's disk; those that are not here are left out."""
     placed = []
     for digest, runs in profile.objects:
         with opened(places.object_file(digest) or "") as fd:
             if fd is not None and runs:
                 placed.append((_physical(fd, runs[0].start), digest, runs))
-    placed.sort(key=lambda one: one[0])
-    return replace(profile, objects=tuple((digest, runs) for _, digest, runs in placed))
+    stretches = (placed[start : start + _STRETCH] for start in range(0, len(placed), _STRETCH))
+    ordered = [one for stretch in stretches for one in sorted(stretch, key=lambda one: one[0])]
+    return replace(profile, objects=tuple((digest, runs) for _, digest, runs in ordered))
 
 
 def _physical(fd: int, start: int) -> int:

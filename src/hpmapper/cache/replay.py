@@ -22,7 +22,7 @@ from hpmapper.kernel import lock
 from hpmapper.kernel.mincore import Run
 from hpmapper.model import ObjectDigest
 
-_THREADS = 16
+_THREADS = 8
 """Files opened at a time: opening a cold one waits for its inode, and the others need not wait with it."""
 
 _PIECE = 512 << 10
@@ -70,6 +70,12 @@ def sweep(profile: Profile, places: Places, map_file: Path | None, budget: int |
             files = sum(threads.map(lambda _: work(), range(_THREADS)))
     asked = sum(run.end - run.start for _, runs in paths for run in runs)
     return Swept(files, asked, profile.size - asked)
+
+
+def is_needed(profile: Profile, places: Places, map_file: Path | None) -> bool:
+    """Whether a sweep would do anything now: a process less for most starts."""
+    with _alone(map_file) as alone:
+        return alone and not is_cached(profile, places)
 
 
 @contextmanager

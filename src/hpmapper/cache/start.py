@@ -25,7 +25,7 @@ from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.places import Places, places
 from hpmapper.cache.profile import Profile, decode, for_this_disk
 from hpmapper.cache.record import Seen, enough, forget, is_cold, watch
-from hpmapper.cache.replay import Swept, sweep
+from hpmapper.cache.replay import Swept, is_needed, sweep
 from hpmapper.drivers.base import Chain, Driver
 from hpmapper.errors import Corrupt, NotFound, Unsupported
 from hpmapper.meta import profiles, uses
@@ -120,8 +120,11 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
         if top is None or not (settings.replay if profile else settings.record):
             return None
         if profile is not None and (profile.cold or not settings.record):
-            map_file = next(iter(places(driver).map_files(layers_below(db, top))), None)
-            return Beside(lambda side: _sweep(profile, places(driver), map_file))
+            where = places(driver)
+            map_file = next(iter(where.map_files(layers_below(db, top))), None)
+            if not is_needed(profile, where, map_file):
+                return None
+            return Beside(lambda side: _sweep(profile, where, map_file))
         files = ImageFiles(db, driver, top)
     except Unsupported:
         return None  # nothing to be done about it, and nothing to be told at each start
