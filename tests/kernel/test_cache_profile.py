@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.count import count
 from hpmapper.cache.profile import Profile
 from hpmapper.cache.record import Seen, watch
-from hpmapper.cache.replay import Swept, is_cached, sweep
+from hpmapper.cache.replay import Swept, claimed, is_cached, sweep
 from hpmapper.cache.start import ImageFiles, StartSettings, load, starting
 from hpmapper.image.opening import SourceOptions
 from hpmapper.image.save import SaveForm, save
@@ -245,9 +245,9 @@ def test_a_profile_of_other_contents_is_ignored(root: CacheRoot) -> None:
 def test_what_is_cached_needs_no_process_beside(root: CacheRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     record_cold(root)
 
-    def begin(act: Callable[[Side], None]) -> Beside:
+    def begin(act: Callable[[Side], None], kept: Collection[int]) -> Beside:
         begun.append(act)
-        return Beside(act)
+        return Beside(act, kept)
 
     begun: list[Callable[[Side], None]] = []
     monkeypatch.setattr(start, "Beside", begin)
@@ -259,6 +259,20 @@ def test_what_is_cached_needs_no_process_beside(root: CacheRoot, monkeypatch: py
     with started(root):
         pass
     assert len(begun) == 1
+
+
+def test_one_process_at_a_time_reads_an_image_ahead(root: CacheRoot) -> None:
+    record_cold(root)
+    profile, files = recorded(root), files_of(root)
+    root.forget()
+    with claimed(profile, files.places, files.map_file) as claim:
+        assert claim
+        assert sweep(profile, files.places, files.map_file).files == 0
+        heir = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=tuple(claim))
+    with claimed(profile, files.places, files.map_file) as none:
+        assert none is None, "whoever has the file open has the claim"
+    heir.communicate()
+    assert sweep(profile, files.places, files.map_file).files > 0
 
 
 def test_objects_come_in_the_order_of_the_disk(root: CacheRoot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn, Self
 
 log = logging.getLogger(__name__)
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 class Beside:
     """Runs `act(told)` in a child process; `told` becomes readable when the child shall end, or its maker is gone.
 
-    The child has nothing of its maker open, not even locks: an inherited descriptor would hold them on. SQLite is out
-    of bounds for it, whatever the file: the library remembers its maker's connections.
+    The child has nothing of its maker open but `kept`, not even locks: an inherited descriptor would hold them on.
+    SQLite is out of bounds for it, whatever the file: the library remembers its maker's connections.
     """
 
-    def __init__(self, act: Callable[[Side], None]) -> None:
+    def __init__(self, act: Callable[[Side], None], kept: Collection[int] = ()) -> None:
         ready, say_ready = os.pipe2(os.O_CLOEXEC)
         told, self._tell = os.pipe2(os.O_CLOEXEC)
         self._pid: int | None = os.fork()
         if self._pid == 0:
-            _child(act, Side(told, say_ready))
+            _child(act, Side(told, say_ready), kept)
         os.close(told)
         os.close(say_ready)
         self._ready = ready
@@ -66,7 +66,7 @@ class Side:
             pass  # nobody waits any more
 
 
-def _child(act: Callable[[Side], None], side: Side) -> NoReturn:
+def _child(act: Callable[[Side], None], side: Side, kept: Collection[int]) -> NoReturn:
     status = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -74,7 +74,7 @@ def _child(act: Callable[[Side], None], side: Side) -> NoReturn:
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1):
             os.dup2(null, standard)
-        _close_all_but({0, 1, 2, side.told, side._say_ready})
+        _close_all_but({0, 1, 2, side.told, side._say_ready, *kept})
         act(side)
         status = 0
     except Exception as error:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ _UNDER_WAY = 4
 """Bytes asked for at a time, and how many times that at once. More is time that the container waits behind it; smaller
 pieces are more requests, which some disks count (docs/measurements.md)."""
 
+_NICE = -10
+
 _FREE_SHARE = 0.5
 """Of the memory that is available; what would push other things out of the cache is left to the start itself."""
 
@@ -45,50 +47,51 @@ class Swept(NamedTuple):
 
 
 def sweep(profile: Profile, places: Places, map_file: Path | None, budget: int | None = None) -> Swept:
-    """Have the kernel read it all, as far as `budget` bytes go (None: half of the available memory).
+    """Read it all ahead, as `read_ahead` does, if there is anything to do."""
+    with claimed(profile, places, map_file) as claim:
+        return Swept(0, 0, 0) if claim is None else read_ahead(profile, places, map_file, budget)
 
-    Does nothing if it is cached, or if another process is just reading the same image ahead: ten containers that start
-    at once need one sweep.
+
+@contextmanager
+def claimed(profile: Profile, places: Places, map_file: Path | None) -> Iterator[Collection[int] | None]:
+    """The right to read an image ahead, which one process has at a time: ten containers that start at once need one.
+
+    None if somebody else has it, or if all is cached. Otherwise the open files that it hangs on: a process forked
+    meanwhile that keeps them open has the right until it ends.
     """
+    with opened(map_file or "") as fd:
+        free = fd is None or lock.take(fd)
+        yield None if not free or is_cached(profile, places) else () if fd is None else (fd,)
+
+
+def read_ahead(profile: Profile, places: Places, map_file: Path | None, budget: int | None = None) -> Swept:
+    """Have the kernel read it all, as far as `budget` bytes go (None: half of the available memory)."""
     room = available_memory() * _FREE_SHARE if budget is None else budget
     paths = _within(list(_paths(profile, places, map_file)), room)
-    lock, done, under_way = threading.Lock(), iter(paths), threading.Semaphore(_UNDER_WAY)
+    turn, done, under_way = threading.Lock(), iter(paths), threading.Semaphore(_UNDER_WAY)
 
     def work() -> int:
         files = 0
         while True:
-            with lock:  # taken in the profile's order
+            with turn:  # taken in the profile's order
                 one = next(done, None)
             if one is None:
                 return files
-            files += _read_ahead(*one, under_way)
+            files += _read_file(*one, under_way)
 
-    with _alone(map_file) as alone:
-        if not alone or is_cached(profile, places):
-            return Swept(0, 0, 0)
-        with ThreadPoolExecutor(_THREADS, "read-ahead") as threads:
-            files = sum(threads.map(lambda _: work(), range(_THREADS)))
+    with ThreadPoolExecutor(_THREADS, "read-ahead", _hurry) as threads:
+        files = sum(threads.map(lambda _: work(), range(_THREADS)))
     asked = sum(run.end - run.start for _, runs in paths for run in runs)
     return Swept(files, asked, profile.size - asked)
 
 
-def is_needed(profile: Profile, places: Places, map_file: Path | None) -> bool:
-    """Whether a sweep would do anything now: a process less for most starts."""
-    with _alone(map_file) as alone:
-        return alone and not is_cached(profile, places)
+def _hurry() -> None:
+    """Let this thread go first (setpriority(2) is about one thread, whatever POSIX says).
 
-
-@contextmanager
-def _alone(map_file: Path | None) -> Iterator[bool]:
-    """Whether nobody else is at the same image; then nobody else will be, meanwhile."""
-    with opened(map_file or "") as fd, ExitStack() as stack:
-        try:
-            if fd is not None:
-                stack.enter_context(lock.exclusive(fd, timeout=0))
-            alone = True
-        except BlockingIOError:
-            alone = False
-        yield alone
+    It does little but wait, and the containers that start meanwhile wait for it.
+    """
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
 
 
 def is_cached(profile: Profile, places: Places) -> bool:
@@ -127,7 +130,7 @@ def _within(paths: list[tuple[str, tuple[Run, ...]]], room: float) -> list[tuple
     return kept
 
 
-def _read_ahead(path: str, runs: tuple[Run, ...], under_way: threading.Semaphore) -> int:
+def _read_file(path: str, runs: tuple[Run, ...], under_way: threading.Semaphore) -> int:
     with opened(path) as fd:
         if fd is None or not runs:
             return 0

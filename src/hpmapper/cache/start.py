@@ -25,7 +25,7 @@ from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.places import Places, places
 from hpmapper.cache.profile import Profile, decode, for_this_disk
 from hpmapper.cache.record import Seen, enough, forget, is_cold, watch
-from hpmapper.cache.replay import Swept, is_needed, sweep
+from hpmapper.cache.replay import Swept, claimed, read_ahead, sweep
 from hpmapper.drivers.base import Chain, Driver
 from hpmapper.errors import Corrupt, NotFound, Unsupported
 from hpmapper.meta import profiles, uses
@@ -122,9 +122,8 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
         if profile is not None and (profile.cold or not settings.record):
             where = places(driver)
             map_file = next(iter(where.map_files(layers_below(db, top))), None)
-            if not is_needed(profile, where, map_file):
-                return None
-            return Beside(lambda side: _sweep(profile, where, map_file))
+            with claimed(profile, where, map_file) as claim:
+                return None if claim is None else Beside(lambda side: _read_ahead(profile, where, map_file), claim)
         files = ImageFiles(db, driver, top)
     except Unsupported:
         return None  # nothing to be done about it, and nothing to be told at each start
@@ -136,8 +135,8 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
     return helper
 
 
-def _sweep(profile: Profile, where: Places, map_file: Path | None) -> None:
-    sweep(profile, where, map_file)
+def _read_ahead(profile: Profile, where: Places, map_file: Path | None) -> None:
+    read_ahead(profile, where, map_file)
 
 
 def _record_or_sweep(side: Side, database: Path, known: Profile | None, files: ImageFiles, window: float) -> None:

@@ -35,6 +35,11 @@ def shared(path: AnyPath | int, *, timeout: float | None = None) -> AbstractCont
     return _Held(path, fcntl.LOCK_SH, timeout)
 
 
+def take(fd: int) -> bool:
+    """Hold an open file alone, until all who share its open file description have closed it; False if another does."""
+    return _try(fd, fcntl.LOCK_EX)
+
+
 class _Held(AbstractContextManager[int]):
     """A lock that is held in a `with`. Not a generator, which takes three times as long: each start waits for one."""
 
