@@ -211,7 +211,7 @@ def _record(one: Place, image: str, command: Sequence[str]) -> None:
     drop_caches()
 
     def accompany(side: Side) -> None:
-        store_beside(one.engine.db.path, files, start.record(files, side, 60, cold=True))
+        store_beside(one.engine.db.path, files, start.record_exactly(files, side, 60))
 
     with Beside(accompany) as helper:
         helper.wait_ready()

@@ -22,11 +22,11 @@ from hpmapper.kernel import lock
 from hpmapper.kernel.mincore import Run
 from hpmapper.model import ObjectDigest
 
-_THREADS = 8
+_THREADS = 16
 """Files opened at a time: opening a cold one waits for its inode, and the others need not wait with it."""
 
-_PIECE = 512 << 10
-_UNDER_WAY = 4
+_PIECE = 256 << 10
+_UNDER_WAY = 8
 """Bytes asked for at a time, and how many times that at once. More is time that the container waits behind it; smaller
 pieces are more requests, which some disks count (docs/measurements.md)."""
 

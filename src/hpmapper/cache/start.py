@@ -28,6 +28,7 @@ from hpmapper.cache.record import Seen, enough, forget, is_cold, watch
 from hpmapper.cache.replay import Swept, claimed, read_ahead, sweep
 from hpmapper.drivers.base import Chain, Driver
 from hpmapper.errors import Corrupt, NotFound, Unsupported
+from hpmapper.kernel import bdi
 from hpmapper.meta import profiles, uses
 from hpmapper.meta.db import Database
 from hpmapper.meta.snapshots import layers_below
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 WINDOW = 30.0
 """Seconds of a start that are recorded, unless something says sooner that it is over."""
+
+_EXACT_KIB = 16
+"""Read ahead while a start is recorded exactly. With none each page would be a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +179,18 @@ class Told(Protocol):
 
     @property
     def ready(self) -> Callable[[], None]: ...
+
+
+def record_exactly(
+    files: ImageFiles, side: Told, window: float, *, is_ready: Callable[[], bool] = lambda: False
+) -> Profile:
+    """`record` a cold start while the kernel reads next to nothing ahead, for this container or any other.
+
+    What is read ahead cannot be told from what is needed: of a loop device it is up to 2.5 MiB around each page, and
+    so most of what a profile would have (docs/measurements.md). The start is slower for it.
+    """
+    with bdi.read_ahead(files.places.scratch, _EXACT_KIB):
+        return record(files, side, window, cold=True, is_ready=is_ready)
 
 
 def record(

@@ -15,7 +15,7 @@ import click
 from hpmapper.cache.beside import Beside, Side
 from hpmapper.cache.names import names_of_image
 from hpmapper.cache.profile import Profile, decode
-from hpmapper.cache.start import WINDOW, ImageFiles, StartSettings, keep, load, record, store_beside
+from hpmapper.cache.start import WINDOW, ImageFiles, StartSettings, keep, load, record_exactly, store_beside
 from hpmapper.cli import output
 from hpmapper.cli.groups import NearestGroup
 from hpmapper.cli.run import run_container
@@ -231,7 +231,8 @@ def record_(
 
     A container is run for that, and ended. Without COMMAND the image's own is run. The image's clean pages are dropped
     from the cache first. The container ends and is removed when its start is over: after --window, when --ready
-    succeeds, or by itself.
+    succeeds, or by itself. Meanwhile the kernel reads next to nothing ahead on the pool's device, so that only what is
+    needed is recorded.
     """
     find_runtime(runtime)
     with session(state) as opened:
@@ -255,7 +256,7 @@ def _record(
         files.forget()
 
         def accompany(side: Side) -> None:
-            found = record(files, side, window, cold=True, is_ready=_readiness(ready, row.name))
+            found = record_exactly(files, side, window, is_ready=_readiness(ready, row.name))
             store_beside(opened.engine.db.path, files, found)
             place.kill()
 
