@@ -71,7 +71,7 @@ def test_what_object_and_upper_both_cache_is_found_and_dropped(root: CacheRoot) 
     (_, reader), (writer_row, writer) = root.container("one", "reader"), root.container("one", "writer")
     root.forget()
     upper = copied_up(root, writer, writer_row.snapshot)
-    read_again(reader, writer)
+    read_again(reader)
     found = duplicates.find(taken(root))
     assert {one.path for one in found} == {str(upper)}
     assert SIZE - SLACK <= sum(one.size for one in found) <= SIZE - 4096, "all but the block that was written"
