@@ -61,6 +61,11 @@ def places(driver: Driver) -> Places:
     )
 
 
+def own_devices(scratch: Path) -> list[Path]:
+    """The block devices that a driver has mounted for itself; none where it shares somebody else's file system."""
+    return [Path(one.source) for one in mounts_below(scratch.parent) if one.source.startswith("/dev/")]
+
+
 def devices(driver: Driver) -> list[Path]:
     """The block devices below a driver's own mounts, and the files behind those that are loop devices.
 
@@ -68,7 +73,7 @@ def devices(driver: Driver) -> list[Path]:
     without direct I/O caches all that is read through it a second time, in its file.
     """
     found: dict[Path, None] = {}
-    mounted = (Path(one.source) for one in mounts_below(driver.scratch.parent) if one.source.startswith("/dev/"))
+    mounted = own_devices(driver.scratch)
     more = driver.block_devices() if isinstance(driver, Places) else []
     for device in (*mounted, *more):
         found[device] = None

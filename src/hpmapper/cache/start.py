@@ -16,13 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from hpmapper.cache.beside import Beside, Side
-from hpmapper.cache.places import Places, places
+from hpmapper.cache.places import Places, own_devices, places
 from hpmapper.cache.profile import Profile, decode, for_this_disk
 from hpmapper.cache.record import Seen, enough, forget, is_cold, watch
 from hpmapper.cache.replay import Swept, claimed, read_ahead, sweep
@@ -187,9 +187,11 @@ def record_exactly(
     """`record` a cold start while the kernel reads next to nothing ahead, for this container or any other.
 
     What is read ahead cannot be told from what is needed: of a loop device it is up to 2.5 MiB around each page, and
-    so most of what a profile would have (docs/measurements.md). The start is slower for it.
+    so most of what a profile would have (docs/measurements.md). The start is slower for it. Where others read from the
+    device as well, it is left as it is.
     """
-    with bdi.read_ahead(files.places.scratch, _EXACT_KIB):
+    scratch = files.places.scratch
+    with bdi.read_ahead(scratch, _EXACT_KIB) if own_devices(scratch) else nullcontext():
         return record(files, side, window, cold=True, is_ready=is_ready)
 
 

@@ -231,8 +231,8 @@ def record_(
 
     A container is run for that, and ended. Without COMMAND the image's own is run. The image's clean pages are dropped
     from the cache first. The container ends and is removed when its start is over: after --window, when --ready
-    succeeds, or by itself. Meanwhile the kernel reads next to nothing ahead on the pool's device, so that only what is
-    needed is recorded.
+    succeeds, or by itself. Meanwhile the kernel reads next to nothing ahead on the pool's device, if it is the pool's
+    alone, so that only what is needed is recorded.
     """
     find_runtime(runtime)
     with session(state) as opened:
