@@ -37,3 +37,4 @@ def _made(kind: PoolFs, directory: Path) -> Iterator[Path]:
         for one in mount.mounts_below(target):
             mount.umount(one.target, lazy=True)
         (directory / f"{kind}.img").unlink()
+        target.rmdir()
