@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpmapper.erofs.dump import dump
+from hpmapper.erofs.kept import kept_tree
 from hpmapper.erofs.plan import NoRoom
 from hpmapper.erofs.reader import Map
-from hpmapper.erofs.writer import write_map
+from hpmapper.erofs.writer import extend_map, write_map
 from hpmapper.errors import Corrupt
 from hpmapper.layer.merge import merge
-from hpmapper.tree import Inode, walk
+from hpmapper.tree import Inode, directory, walk
 from tests.strategies import (
     UUID,
     Sample,
@@ -152,9 +153,23 @@ def _use_all(data: bytes) -> None:
         image = Map.from_bytes(data)
     except Corrupt:
         return
-    for use in (map_facts, _list_objects, _dump, _find):
+    for use in (map_facts, _list_objects, _dump, _find, _extend):
         with suppress(Corrupt):
             use(image)
+
+
+def _extend(image: Map) -> None:
+    root = kept_tree(image)
+    here: Inode = root
+    for _ in range(5):  # not to the end: a damaged one may go in circles
+        below = [child for child in here.entries().values() if child.is_dir]
+        if below:
+            here = below[0]
+    here.entries()[b"new"] = directory()
+    if root.entries():
+        root.entries().pop(min(root.entries()))
+    with suppress(NoRoom):
+        extend_map(root, image, io.BytesIO(), io.BytesIO(bytes(image.size)), uuid=UUID)
 
 
 def _list_objects(image: Map) -> None:

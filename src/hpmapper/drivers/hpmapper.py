@@ -450,11 +450,17 @@ def _names(chain: Path, layer: SnapshotId) -> bool:
 
 
 def _number_in(path: Path) -> int:
-    """What a file says; nothing if it is not there."""
+    """What a file says; nothing if it is not there.
+
+    Raises:
+        Corrupt: it says something else.
+    """
     try:
         return int(path.read_text())
     except FileNotFoundError:
         return 0
+    except ValueError:
+        raise Corrupt(f"{path} holds no number") from None
 
 
 def _chain_text(chain: Chain) -> str:

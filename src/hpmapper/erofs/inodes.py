@@ -53,6 +53,11 @@ class MapInode(Inode):
     extent: int
 
     @property
+    def is_extended(self) -> bool:
+        """Whether it has the larger form."""
+        return self.body - self.address == fmt.EXTENDED_INODE.size
+
+    @property
     def tail_size(self) -> int:
         """Bytes of data at `tail`."""
         return self.length % _BLOCK if self.layout == fmt.LAYOUT_INLINE else 0

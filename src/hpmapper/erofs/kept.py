@@ -1,7 +1,7 @@
 """A map as a tree that can be changed: what nobody touches stays a number.
 
-`hpmapper.layer.merge` puts layers on such a tree, and `write_extension` writes what became of it behind a copy of the
-map. Both read only the directories on the way to a change, however large the map is.
+`hpmapper.layer.merge` puts layers on such a tree, and `extend_map` writes what became of it behind a copy of the map.
+Both read only the directories on the way to a change, however large the map is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpmapper.erofs import format as fmt
-from hpmapper.erofs.dirents import DOTS
+from hpmapper.erofs.dirents import DOTS, Dirent
 from hpmapper.erofs.reader import Map, MapInode
 from hpmapper.tree import Inode
 
@@ -22,7 +22,7 @@ class KeptInode(Inode):
     Attributes:
         nid: its number in the map.
         found: as it is in the map; None until it was read.
-        before: the numbers of its entries by name, as they are in the map.
+        before: the numbers of its entries by name, as they are in the map; without the dots.
     """
 
     __slots__ = ("_map", "before", "found", "nid")
@@ -45,11 +45,24 @@ class KeptInode(Inode):
         found = self._map.inode(self.nid)
         self.mode, self.uid, self.gid, self.mtime_ns = found.mode, found.uid, found.gid, found.mtime_ns
         self.xattrs, self.opaque = found.xattrs, found.opaque
-        for entry in self._map.entries(found):
+        for entry in _entries(self._map, found):
+            mode = _MODES.get(entry.type)
+            if mode is None:
+                raise self._map.corrupt(f"inode {self.nid}: {entry.name!r} has type {entry.type}")
             self.before[entry.name] = entry.nid
-            if entry.name not in DOTS:
-                children[entry.name] = KeptInode(self._map, entry.nid, _MODES[entry.type])
+            children[entry.name] = KeptInode(self._map, entry.nid, mode)
         return found
+
+
+def _entries(base: Map, directory: MapInode) -> list[Dirent]:
+    """All but the dots.
+
+    Raises:
+        Corrupt: what the map calls a directory is none.
+    """
+    if not directory.is_dir:
+        raise base.corrupt(f"inode {directory.nid}: it is no directory")
+    return [entry for entry in base.entries(directory) if entry.name not in DOTS]
 
 
 def kept_tree(base: Map) -> KeptInode:
@@ -84,7 +97,7 @@ class Removed:
             children = directory.entries()
             for name, nid in directory.before.items():
                 child = children.get(name)
-                if name not in DOTS and not (type(child) is KeptInode and child.nid == nid):
+                if not (type(child) is KeptInode and child.nid == nid):
                     yield nid
 
     def _remove(self, nid: int) -> None:
@@ -92,7 +105,7 @@ class Removed:
         while pending:
             inode = self._map.inode(pending.pop())
             if inode.is_dir:
-                pending.extend(entry.nid for entry in self._map.entries(inode) if entry.name not in DOTS)
+                pending.extend(entry.nid for entry in _entries(self._map, inode))
             else:
                 left = self.links.get(inode.nid, inode.nlink) - 1
                 if left:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from hpmapper.erofs import dirents
 from hpmapper.erofs import format as fmt
-from hpmapper.erofs.dirents import DOTS
 from hpmapper.erofs.inodes import MAX_FILE_SIZE, MAX_TARGET
 from hpmapper.erofs.kept import KeptInode
 from hpmapper.erofs.reader import Map
@@ -248,8 +247,8 @@ class Layout:
         found = directory.found
         assert found is not None, "it was touched"
         size, xattrs = self.scan.sizes[directory], len(touched_body(self.scan, directory))
-        extended = found.body - found.address == _EXTENDED
-        if extended and found.body + xattrs == found.tail and directory.before.keys() == {*directory.entries(), *DOTS}:
+        same_names = directory.before.keys() == directory.entries().keys()
+        if found.is_extended and found.body + xattrs == found.tail and same_names:
             shape = Shape(_EXTENDED, found.layout, None, xattrs, size, 0, found.tail_size, found.data_blocks)
             self.blocks[directory] = found.block
         elif found.address + _EXTENDED + xattrs <= _slots_end(found.tail + found.tail_size):

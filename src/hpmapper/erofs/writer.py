@@ -100,9 +100,8 @@ def _checked_uuid(uuid: bytes) -> bytes:
 
 
 def _overwrite_links(out: BinaryIO, inode: MapInode, links: int) -> None:
-    extended = inode.body - inode.address == fmt.EXTENDED_INODE.size
-    out.seek(inode.address + (_EXTENDED_LINKS if extended else _COMPACT_LINKS))
-    out.write(links.to_bytes(4 if extended else 2, "little"))
+    out.seek(inode.address + (_EXTENDED_LINKS if inode.is_extended else _COMPACT_LINKS))
+    out.write(links.to_bytes(4 if inode.is_extended else 2, "little"))
 
 
 def _superblock(layout: Layout, uuid: bytes) -> fmt.Superblock:
