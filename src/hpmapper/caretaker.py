@@ -40,7 +40,6 @@ _GATHER_SECONDS = 0.25
 _RETRY_SECONDS = 30.0
 """What is in use is tried again after that time."""
 
-
 _THOROUGH_SECONDS = 600.0
 """Between two walks of all objects that no removed layer asks for. containerd has us clean up after each container."""
 

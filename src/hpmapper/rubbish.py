@@ -69,7 +69,7 @@ class Rubbish:
         self.free_removed()
         with self._db.transaction() as transaction:
             for holder in snapshots.lease_holders(self._db):
-                if not workspace.is_alive(self._driver.scratch, holder.partition("/")[0]):
+                if not self._is_alive(holder.partition("/")[0]):
                     snapshots.release(transaction, holder)
             snapshots.forget_unused_chains(transaction)
         faults.point("collect.chains-forgotten")
@@ -86,10 +86,7 @@ class Rubbish:
             snapshots.forget_unused_blobs(transaction)
             profiles.forget_unused(transaction)
         faults.point("collect.objects-forgotten")
-        try:
-            if walk:
-                self._driver.sweep_objects(self._known_objects, timeout)
-        except BlockingIOError:
+        if walk and not self._sweep(timeout):
             waiting = True
         return Collected(gone, objects, max(0, self._driver.space().free - free), waiting)
 
@@ -148,8 +145,12 @@ class Rubbish:
 
     def sweep_if_idle(self) -> bool:
         """Remove the objects that nothing names, unless an ingest runs: then it is left to the next who looks."""
+        return self._sweep(timeout=0)
+
+    def _sweep(self, timeout: float) -> bool:
+        """Remove the objects that nothing names; False: an ingest still ran after `timeout` seconds."""
         try:
-            self._driver.sweep_objects(self._known_objects, timeout=0)
+            self._driver.sweep_objects(self._known_objects, timeout)
         except BlockingIOError:
             return False
         return True

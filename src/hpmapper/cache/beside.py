@@ -19,7 +19,7 @@ class Beside:
     SQLite is out of bounds for it, whatever the file: the library remembers its maker's connections.
     """
 
-    def __init__(self, act: Callable[[Side], None], kept: Collection[int] = ()) -> None:
+    def __init__(self, act: Callable[[Side], object], kept: Collection[int] = ()) -> None:
         ready, say_ready = os.pipe2(os.O_CLOEXEC)
         told, self._tell = os.pipe2(os.O_CLOEXEC)
         self._pid: int | None = os.fork()
@@ -66,7 +66,7 @@ class Side:
             pass  # nobody waits any more
 
 
-def _child(act: Callable[[Side], None], side: Side, kept: Collection[int]) -> NoReturn:
+def _child(act: Callable[[Side], object], side: Side, kept: Collection[int]) -> NoReturn:
     status = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):

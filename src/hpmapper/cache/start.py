@@ -127,7 +127,7 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
             where = places(driver)
             map_file = next(iter(where.map_files(layers_below(db, top))), None)
             with claimed(profile, where, map_file) as claim:
-                return None if claim is None else Beside(lambda side: _read_ahead(profile, where, map_file), claim)
+                return None if claim is None else Beside(lambda side: read_ahead(profile, where, map_file), claim)
         files = ImageFiles(db, driver, top)
     except Unsupported:
         return None  # nothing to be done about it, and nothing to be told at each start
@@ -137,10 +137,6 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
     if profile is None:
         helper.wait_ready()
     return helper
-
-
-def _read_ahead(profile: Profile, where: Places, map_file: Path | None) -> None:
-    read_ahead(profile, where, map_file)
 
 
 def _record_or_sweep(side: Side, database: Path, known: Profile | None, files: ImageFiles, window: float) -> None:
