@@ -60,7 +60,12 @@ class Client:
     def __init__(self, address: Path) -> None:
         self._channel: Any = grpc.insecure_channel(
             f"unix:{address}",
-            options=[("grpc.max_receive_message_length", -1), ("grpc.initial_reconnect_backoff_ms", 50)],
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.initial_reconnect_backoff_ms", 50),
+                # Else what an earlier client found out about this address, of a daemon killed since, is answered.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
         )
 
     def close(self) -> None:

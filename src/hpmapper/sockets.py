@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from hpmapper.errors import FailedPrecondition, InvalidArgument
+from hpmapper.kernel.syscall import opened
 
 _MAX_PATH = 107  # unix(7)
 
 
 def bind(listener: socket.socket, address: Path, other: str) -> None:
-    """Give a unix socket its path. `other`: what an operator may name another of, for hints: "--address".
+    """Give a unix socket its path, and listen: who finds the path can connect.
+
+    `other`: what an operator may name another of, for hints: "--address".
 
     Raises:
         FailedPrecondition: somebody listens there already, or something else is there.
@@ -24,9 +28,20 @@ def bind(listener: socket.socket, address: Path, other: str) -> None:
     _clear_stale(address, other)
     os.fchmod(listener.fileno(), 0o600)  # bind(2) takes the mode of the socket for its name: never open to others
     try:
-        listener.bind(os.fspath(address))
+        _bind_and_listen(listener, address)
     except OSError as error:
         raise FailedPrecondition(f"cannot listen on {address}: {error.strerror}") from error
+
+
+def _bind_and_listen(listener: socket.socket, address: Path) -> None:
+    """Under another name at first: between bind(2) and listen(2) a socket refuses whoever connects."""
+    new = f".{address.name}.new"
+    with opened(address.parent, os.O_PATH | os.O_DIRECTORY) as parent:
+        with suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=parent)
+        listener.bind(f"/proc/self/fd/{parent}/{new}")  # however long the path
+        listener.listen(socket.SOMAXCONN)
+        os.rename(new, address.name, src_dir_fd=parent, dst_dir_fd=parent)
 
 
 def _clear_stale(address: Path, other: str) -> None:

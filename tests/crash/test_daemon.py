@@ -52,7 +52,7 @@ class Daemon:
         ]  # fmt: skip
 
     def start(self, fault: str = "", points: Path | None = None) -> None:
-        """Start it; it answers when this returns, unless `fault` has killed it."""
+        """Start it; it listens when this returns, unless `fault` has killed it."""
         self.address.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -64,6 +64,7 @@ class Daemon:
         while not self.address.exists() and self.process.poll() is None:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.01)
+        assert fault or self.process.poll() is None, self.log.read_text()
 
     def client(self) -> Client:
         return Client(self.address)

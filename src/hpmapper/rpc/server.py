@@ -196,7 +196,6 @@ class Server:
         except BaseException:
             listener.close()
             raise
-        listener.listen(socket.SOMAXCONN)
         self.adopt(listener)
 
     def adopt(self, listener: socket.socket) -> None:
