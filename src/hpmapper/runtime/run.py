@@ -176,7 +176,8 @@ class Runner:
         if message is None:
             return
         text = message.lower()
-        refused = "permission denied" in text or "not permitted" in text
+        # runc 1.1.15 finds out itself that a program is a directory; execve(2) says EACCES.
+        refused = any(words in text for words in ("permission denied", "not permitted", "is a directory"))
         code = 126 if refused else 127 if "no such file" in text or "executable file not found" in text else 125
         raise NotStarted(f"{self._runtime.name} could not start the container, for the reason that it gave", code)
 
