@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,10 +25,11 @@ from hpmapper.testing.tars import DIR, member, tar
 pytestmark = pytest.mark.kernel
 
 
-def test_a_map_is_read_ahead_when_nothing_of_it_is_cached(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_map_is_read_ahead_when_nothing_of_it_is_cached(tmp_path: Path, threads: int) -> None:
     """A start after a boot, or much later, does not ask the disk for one block of names after the other."""
     config = Config(root=tmp_path / "root", driver="hpmapper").with_options(["pool.size=400M", "min_free_space=0"])
-    with open_root(config) as one:
+    with open_root(config) as one, _so_many_threads(threads):
         layer = tar(*(member(b"%d" % number, os.urandom(900)) for number in range(300)))
         top = one.engine.ingest(None, io.BytesIO(layer), Expected()).snapshot
         assert isinstance(one.engine.driver, HpmapperDriver)
@@ -39,10 +43,27 @@ def test_a_map_is_read_ahead_when_nothing_of_it_is_cached(tmp_path: Path) -> Non
             seen.append(cachestat.cachestat(path).cached)
             active = one.engine.prepare(name, top)
             one.engine.mount(active)
+            one.engine.driver.names_ahead.wait()
             seen.append(cachestat.cachestat(path).cached)
             one.engine.unmount(active)
         one.engine.detach()
     assert seen == [0, pages, 0, pages]
+
+
+@contextmanager
+def _so_many_threads(number: int) -> Iterator[None]:
+    """A process that has threads lets one read; one that may be about to fork gets none."""
+    assert threading.active_count() == 1
+    done = threading.Event()
+    others = [threading.Thread(target=done.wait) for _ in range(number - 1)]
+    for other in others:
+        other.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for other in others:
+            other.join()
 
 
 def test_objects_are_walked_when_a_layer_went_or_a_thorough_collection_is_wanted(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ Stage = Callable[[IsObject], Staging]
 
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
-    (tmp_path / "o").mkdir()
-    return ObjectStore(tmp_path / "o")
+    made = ObjectStore(tmp_path / "o")
+    made.make()
+    return made
 
 
 @pytest.fixture
@@ -55,7 +56,6 @@ def put(staging: Staging, data: bytes) -> ObjectDigest:
 def lying_there(store: ObjectStore, data: bytes) -> os.stat_result:
     """Put `data` where DIGEST's object is to be."""
     path = Path(store.path(DIGEST))
-    path.parent.mkdir()
     path.write_bytes(data)
     return path.stat()
 

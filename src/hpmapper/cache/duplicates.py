@@ -196,8 +196,7 @@ def shared_file(path: str, owner: SnapshotId | None) -> SharedFile | None:
         if counts.dirty or counts.writeback:
             runs = [clean for run in runs for clean in clean_parts(fd, run)]
     pieces = list(_pieces(extents, runs))
-    blocks = [Blocks(extent.physical, extent.physical + extent.length) for extent in extents]
-    return SharedFile(path, owner, pieces, blocks) if pieces else None
+    return SharedFile(path, owner, pieces, [Blocks.of(extent) for extent in extents]) if pieces else None
 
 
 def _pieces(extents: Sequence[fiemap.Extent], runs: Sequence[Run]) -> Iterator[Piece]:

@@ -31,6 +31,11 @@ class Blocks(NamedTuple):
     start: int
     end: int
 
+    @classmethod
+    def of(cls, extent: fiemap.Extent) -> Blocks:
+        """Where an extent lies."""
+        return cls(extent.physical, extent.physical + extent.length)
+
 
 class Coverage:
     """Disjoint ranges of the disk."""
@@ -108,7 +113,7 @@ def _files(inventory: Inventory) -> dict[str, set[SnapshotId]]:
 def _has_some(path: str, wanted: Coverage) -> bool:
     with opened(path, known=True) as fd:
         extents = [] if fd is None else shared_extents(fd)
-    return any(wanted.parts(extent.physical, extent.physical + extent.length) for extent in extents)
+    return any(wanted.parts(*Blocks.of(extent)) for extent in extents)
 
 
 def shared_extents(fd: int) -> list[fiemap.Extent]:

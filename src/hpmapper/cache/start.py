@@ -70,12 +70,17 @@ class ImageFiles:
         if self.objects and self.places.object_file(next(iter(self.objects))) is None:
             raise Unsupported(f"the {driver.name} driver has no objects: starts cannot be recorded")
 
-        self.map_file: Path | None = next(iter(self.places.map_files(self.chain)), None)
+        self.map_file = first_map(self.places, self.chain)
         self.database = db.files
 
     def forget(self) -> None:
         """Drop what is cached of it."""
         forget(self.places, self.places.map_files(self.chain), self.objects)
+
+
+def first_map(places: Places, chain: Chain) -> Path | None:
+    """The map that a start on a chain asks for names: the image's, if it has one."""
+    return next(iter(places.map_files(chain)), None)
 
 
 def load(db: Database, top: SnapshotId | None) -> Profile | None:
@@ -125,7 +130,7 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
             return None
         if profile is not None and (profile.cold or not settings.record):
             where = places(driver)
-            map_file = next(iter(where.map_files(layers_below(db, top))), None)
+            map_file = first_map(where, layers_below(db, top))
             with claimed(profile, where, map_file) as claim:
                 return None if claim is None else Beside(lambda side: read_ahead(profile, where, map_file), claim)
         files = ImageFiles(db, driver, top)

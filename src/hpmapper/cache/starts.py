@@ -26,7 +26,7 @@ from hpmapper.cache.places import Places, places
 from hpmapper.cache.profile import Profile
 from hpmapper.cache.record import is_cold
 from hpmapper.cache.replay import sweep
-from hpmapper.cache.start import ImageFiles, StartSettings, keep, load, record
+from hpmapper.cache.start import ImageFiles, StartSettings, first_map, keep, load, record
 from hpmapper.drivers.base import Driver
 from hpmapper.errors import HpmapperError
 from hpmapper.meta.db import Database
@@ -133,8 +133,7 @@ class Starts:
         if profile is None and not (mounted and self._settings.record):
             return  # looking up the image's objects takes milliseconds
         if profile is not None and profile.cold:
-            maps = places(self._driver).map_files(layers_below(self._db, parent))
-            self._read_ahead(profile, next(iter(maps), None))
+            self._read_ahead(profile, first_map(places(self._driver), layers_below(self._db, parent)))
             return
         files = ImageFiles(self._db, self._driver, parent)
         if files.chain_id is None or not files.objects:

@@ -24,16 +24,16 @@ from __future__ import annotations
 
 import io
 import logging
-import mmap
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from blake3 import blake3
 
 from hpmapper import faults, pace
+from hpmapper.drivers.ahead import NamesAhead
 from hpmapper.drivers.base import Capabilities, Chain, ChainBelow, Fresh, Ingested, Problem, Progress
 from hpmapper.drivers.upper import Stack, UpperDriver, unmount_path
 from hpmapper.erofs.kept import kept_tree
@@ -42,8 +42,6 @@ from hpmapper.erofs.reader import Map
 from hpmapper.erofs.writer import extend_map, write_map
 from hpmapper.errors import Corrupt, HpmapperError
 from hpmapper.kernel import clone, lock, mount, sync
-from hpmapper.kernel.cachestat import cachestat
-from hpmapper.kernel.syscall import opened
 from hpmapper.layer.build import Below, LayerBuilder
 from hpmapper.layer.merge import Spools, merge
 from hpmapper.layer.merged import Later, LayerView, Merged
@@ -65,17 +63,6 @@ _WASTED_MOST = 0.25
 """The part of a map that may be of no use before it is written anew."""
 
 _ANY_UUID = "00" * 16
-
-_READ_AHEAD = 16 << 20
-"""Bytes of a map that a start reads ahead which finds next to nothing of it cached: all, but of the largest images'
-(250 bytes for each file)."""
-
-_PIECE = 128 << 10
-"""Bytes asked for at a time. Of more, Linux reads no more than the device takes in one request (mm/readahead.c)."""
-
-_BEGINNING = 1 << 20
-_AT_MOUNT = 8
-"""Pages: mounting a map reads its superblock and root, a start dozens."""
 
 
 class HpmapperDriver(UpperDriver):
@@ -104,6 +91,7 @@ class HpmapperDriver(UpperDriver):
         self._inline_below = inline_below
         self._map_form = map_form
         self._objects = ObjectStore(self.home / "o")
+        self.names_ahead = NamesAhead(self._objects)
 
     def attach(self) -> None:
         self._pool.attach()
@@ -117,6 +105,7 @@ class HpmapperDriver(UpperDriver):
         if not self._pool.is_attached():
             return
         self._make_home("o", "i")  # a crash may have come before
+        self.names_ahead.wait()
         self._detach_snapshots()
         for place in ("i", "l"):
             for entry in list(os.scandir(self.home / place)):
@@ -390,16 +379,7 @@ class HpmapperDriver(UpperDriver):
 
     def _mount(self, top: str, below: Stack, read_only: bool, layer: Callable[[str], str | int]) -> None:
         super()._mount(top, below, read_only, layer)
-        with suppress(OSError):  # a container starts without it, too
-            self._read_ahead(below)  # not before: the mount would wait behind it
-
-    def _read_ahead(self, below: Stack) -> None:
-        """Have the names that a start will ask for read in the background, if nothing has asked lately."""
-        cold = [path for path in _files_of_maps(below.lowers) if _is_cold(path)]
-        for path in cold:
-            _read_map_ahead(path)
-        if cold:
-            self._objects.read_ahead()
+        self.names_ahead.begin(below.lowers)  # not before: the mount would wait behind it
 
     def _data(self) -> str:
         return str(self._objects.directory)
@@ -418,27 +398,6 @@ class HpmapperDriver(UpperDriver):
         """The maps that tell what a chain shows: the image's, if it is there, or the layers'."""
         image = self._image(chain) / "map" if chain else None
         return [image] if image and image.exists() else [self._layer(layer) / "map" for layer in chain]
-
-
-def _files_of_maps(lowers: Sequence[str]) -> Iterator[str]:
-    """The maps among an overlay's layers that are mounted straight from files, and so have no block device's number."""
-    for lower in lowers:
-        above, name = os.path.split(lower)
-        if name == "m" and os.major(os.stat(lower).st_dev) == 0:
-            yield f"{above}/map"
-
-
-def _is_cold(path: str) -> bool:
-    """Whether no more is cached of a map's beginning than mounting it has read."""
-    pages = -(-min(os.stat(path).st_size, _BEGINNING) // mmap.PAGESIZE)
-    return cachestat(path, 0, _BEGINNING).cached < min(_AT_MOUNT, pages)
-
-
-def _read_map_ahead(path: str) -> None:
-    """Have a map read in the background: a start asks for names all over it, a block at a time."""
-    with opened(path) as fd:
-        for piece in range(0, min(_READ_AHEAD, os.fstat(fd).st_size), _PIECE):
-            os.posix_fadvise(fd, piece, _PIECE, os.POSIX_FADV_WILLNEED)
 
 
 def _names(chain: Path, layer: SnapshotId) -> bool:

@@ -175,9 +175,7 @@ class Staging:
     def publish(self) -> None:
         """Put what was written beside the store in its place. It is on stable storage already: the caller synced."""
         for digest in self._beside:
-            path = self._store.path(digest)
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            os.rename(self._prefix + digest.hex(), path)
+            os.rename(self._prefix + digest.hex(), self._store.path(digest))
             faults.point("ingest.object-published")
 
     def _put_buffered(self, pieces: Pieces, size: int) -> ObjectDigest:
@@ -217,12 +215,8 @@ class Staging:
 
     def _create(self, digest: ObjectDigest, size: int) -> int | None:
         """A new file for an object, open for writing; None if the store has the object."""
-        path = self._store.path(digest)
         try:
-            return os.open(path, _CREATE, 0o444)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            return self._create(digest, size)
+            return os.open(self._store.path(digest), _CREATE, 0o444)
         except FileExistsError:
             if self._has(digest, size):
                 return None
