@@ -77,7 +77,7 @@ def test_conflicts(content: dict[str, object], way: Way, conflict: str) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ('{\n"a": 1,\n}', "line 3"),
+        ('{\n"a": 1,\n"b" 2}', "line 3"),
         ('{\n"a": 1,\n"b": {"a": 2},\n"a": 3}', "line 4: 'a' is there twice"),
         ("[]", "no object in it but a list"),
         ("\nnull", "no object"),
