@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import version
+from importlib import metadata
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Metric
@@ -91,10 +91,18 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"hpmapper_{name}", text, value=value)
 
 
+def _version() -> str:
+    """hpmapper's version; empty where it runs out of its source directory, without being installed."""
+    try:
+        return metadata.version("hpmapper")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def root_metrics(engine: Engine) -> Iterator[Metric]:
     """The pool, what is in it, and what was spared when it came."""
     driver, db = engine.driver, engine.db
-    about = {(driver.name, version("hpmapper")): 1.0}
+    about = {(driver.name, _version()): 1.0}
     yield _gauges("info", "The driver, and the version of hpmapper.", "driver version", about)
     space = driver.space()
     values = {("total",): space.total, ("free",): space.free}
