@@ -185,7 +185,7 @@ def test_a_database_beside_the_pool_is_not_torn_from_its_log(root: CacheRoot, ca
 
     try:
         database.set_setting("a", "1")
-        seen = Seen(files.places, files.objects, files.map_file, cold=True)
+        seen = Seen(files.places, lambda: files.objects, files.map_file, cold=True)
         watch(files.places, seen, use, untouchable=database.files if careful else ())
         subprocess.run([sys.executable, "-c", _USE, database.path], check=True, capture_output=True)
         assert log.exists() == careful, "the other process deletes the log only where it finds no locks"

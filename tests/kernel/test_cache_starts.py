@@ -30,6 +30,9 @@ from tests.serving import Served, eventually, served, shown
 pytestmark = pytest.mark.kernel
 
 READ, UNTOUCHED = (random.Random(name).randbytes(MIB) for name in ("read", "untouched"))
+MOST = MIB // 2
+"""Some kernels take away what is not used for a second or two, though memory is free (DAMON): parts may be missing."""
+
 LAYER = tar(member(b"read", READ), member(b"untouched", UNTOUCHED))
 
 
@@ -76,7 +79,8 @@ def test_a_start_by_containerd_is_recorded_and_read_ahead(place: Served) -> None
     eventually(lambda: recorded(place))
     profile = decode(recorded(place).profile, "it")
     assert profile.cold
-    assert [sum(run.end - run.start for run in runs) for _, runs in profile.objects] == [MIB]
+    (size,) = (sum(run.end - run.start for run in runs) for _, runs in profile.objects)
+    assert MOST <= size <= MIB
     assert place.starts.counters()["recorded"] == 1
 
     make_cold(place)
@@ -84,13 +88,16 @@ def test_a_start_by_containerd_is_recorded_and_read_ahead(place: Served) -> None
     (digest,) = (digest for digest, _ in profile.objects)
     read = object_file(place, digest)
 
-    def is_read_ahead() -> None:
-        assert place.starts.counters()["read_ahead"] == 1
-        assert count(read).cached == MIB
+    def is_cached() -> None:
+        assert count(read).cached >= MOST
 
-    eventually(is_read_ahead)
+    def is_counted() -> None:
+        assert place.starts.counters()["read_ahead"] == 1
+
+    eventually(is_cached)
+    eventually(is_counted)
     (untouched,) = set(objects(place)) - {Path(read)}
-    assert place.starts.counters()["read_ahead_bytes"] >= MIB
+    assert place.starts.counters()["read_ahead_bytes"] >= MOST
     assert untouched.stat().st_size == MIB
 
 

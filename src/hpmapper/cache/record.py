@@ -33,8 +33,6 @@ _WARM_LIMIT = 4 << 20
 _FIRST_LOOK = 1.0
 """Seconds after the beginning; the next look is after twice that, and so on."""
 
-_SAMPLES = 16
-
 _OBJECT = re.compile(r"([0-9a-f]{2})/([0-9a-f]{62})$")
 """How an object's path ends: `hpmapper.model.object_path`."""
 
@@ -43,11 +41,13 @@ class Seen:
     """What a start was seen to read: of the image's objects, and of its map.
 
     Attributes:
-        objects: those that were opened, in the order of that.
+        objects: those that were opened, in the order of that; of other images, too, until the next look.
     """
 
-    def __init__(self, places: Places, of: Container[ObjectDigest], map_file: Path | None, *, cold: bool) -> None:
-        """`of`: the image's objects. `cold`: next to nothing of them was cached before."""
+    def __init__(
+        self, places: Places, of: Callable[[], Container[ObjectDigest]], map_file: Path | None, *, cold: bool
+    ) -> None:
+        """`of`: tells the image's objects, later. `cold`: next to nothing of them was cached before."""
         self.objects: dict[ObjectDigest, tuple[Run, ...]] = {}
         self._places = places
         self._of = of
@@ -57,11 +57,12 @@ class Seen:
 
     def opened(self, digest: ObjectDigest) -> None:
         """An object was opened by somebody."""
-        if digest in self._of:
-            self.objects.setdefault(digest, ())
+        self.objects.setdefault(digest, ())
 
     def look(self) -> None:
         """Note what is cached of them now, too."""
+        of = self._of()
+        self.objects = {digest: known for digest, known in self.objects.items() if digest in of}
         for digest, known in self.objects.items():
             now = _cached_parts(self._places.object_file(digest) or "", cold=self._cold)
             self.objects[digest] = joined((*known, *now), _GAP)
@@ -118,9 +119,9 @@ def _cached_parts(path: str, *, cold: bool) -> Sequence[Run]:
 
 
 def is_cold(places: Places, objects: Collection[ObjectDigest]) -> bool:
-    """Whether next to nothing of these objects is cached, told from a few of them."""
+    """Whether next to nothing of these objects is cached."""
     total = cached = 0
-    for digest in sorted(objects)[:: max(1, len(objects) // _SAMPLES)]:
+    for digest in objects:
         with opened(places.object_file(digest) or "") as fd:
             if fd is not None:
                 total += os.fstat(fd).st_size

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +43,9 @@ WINDOW = 30.0
 _EXACT_KIB = 16
 """Read ahead while a start is recorded exactly. With none each page would be a request."""
 
+_SAMPLE = 16
+"""Objects of an image that tell whether it is cached."""
+
 
 @dataclass(frozen=True, slots=True)
 class StartSettings:
@@ -53,8 +57,13 @@ class StartSettings:
 
 
 class ImageFiles:
-    """An image as far as its start is concerned. `chain_id`: what its profile is kept under, None if that is unknown;
-    `database`: the files of the database that says so.
+    """An image as far as its start is concerned.
+
+    Attributes:
+        chain_id: what its profile is kept under, None if that is unknown.
+        sample: a few of its objects; none if it has none.
+        map_file: the map that a start asks for names.
+        database: the files of the database that says so.
 
     Raises:
         Unsupported: the driver has no objects, so nothing is known of files across images and machines.
@@ -65,13 +74,22 @@ class ImageFiles:
         named = profiles.chain_of(db, top)
         self.chain_id = named[0] if named else None
         self.chain: Chain = layers_below(db, named[1] if named else top)
-        by_layer = uses.objects_of_layers(db, self.chain)
-        self.objects: set[ObjectDigest] = {digest for layer in self.chain for digest in by_layer.get(layer, ())}
-        if self.objects and self.places.object_file(next(iter(self.objects))) is None:
+        self.sample = uses.some_objects(db, self.chain, _SAMPLE)
+        if self.sample and self.places.object_file(next(iter(self.sample))) is None:
             raise Unsupported(f"the {driver.name} driver has no objects: starts cannot be recorded")
-
         self.map_file = first_map(self.places, self.chain)
         self.database = db.files
+        self._db = db
+
+    @cached_property
+    def objects(self) -> set[ObjectDigest]:
+        """All of its objects. Of a large image it takes 20 ms to find them, for which a start need not wait."""
+        by_layer = uses.objects_of_layers(self._db, self.chain)
+        return {digest for layer in self.chain for digest in by_layer.get(layer, ())}
+
+    def is_cold(self) -> bool:
+        """Whether next to nothing of it is cached, told from the sample."""
+        return is_cold(self.places, self.sample)
 
     def forget(self) -> None:
         """Drop what is cached of it."""
@@ -136,7 +154,7 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
         files = ImageFiles(db, driver, top)
     except Unsupported:
         return None  # nothing to be done about it, and nothing to be told at each start
-    if not files.objects or files.chain_id is None:
+    if not files.objects or files.chain_id is None:  # all of them: the process beside may not ask for more
         return None
     helper = Beside(lambda side: _record_or_sweep(side, db.path, profile, files, settings.window))
     if profile is None:
@@ -146,7 +164,7 @@ def _helper(db: Database, driver: Driver, top: SnapshotId | None, settings: Star
 
 def _record_or_sweep(side: Side, database: Path, known: Profile | None, files: ImageFiles, window: float) -> None:
     """Record, if there is no profile yet, or one that was recorded warm where now it is cold."""
-    cold = is_cold(files.places, files.objects)
+    cold = files.is_cold()
     if known is not None and not cold:
         sweep(known, files.places, files.map_file)
         return
@@ -202,7 +220,7 @@ def record(
     """Watch until time is up, the side is told to end, or the container `is_ready`."""
     began = time.monotonic()
     over = enough(side.told, window)
-    seen = Seen(files.places, files.objects, files.map_file, cold=cold)
+    seen = Seen(files.places, lambda: files.objects, files.map_file, cold=cold)
     watch(files.places, seen, lambda wait: over(wait) or is_ready(), side.ready, files.database)
     return seen.profile(time.monotonic() - began)
 

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 from hpmapper.cache.places import Places, places
 from hpmapper.cache.profile import Profile
-from hpmapper.cache.record import is_cold
 from hpmapper.cache.replay import sweep
 from hpmapper.cache.start import ImageFiles, StartSettings, first_map, keep, load, record
 from hpmapper.drivers.base import Driver
@@ -131,14 +130,14 @@ class Starts:
         """Read ahead what is known of the image below, or record its start."""
         profile = load(self._db, parent)
         if profile is None and not (mounted and self._settings.record):
-            return  # looking up the image's objects takes milliseconds
+            return
         if profile is not None and profile.cold:
             self._read_ahead(profile, first_map(places(self._driver), layers_below(self._db, parent)))
             return
         files = ImageFiles(self._db, self._driver, parent)
-        if files.chain_id is None or not files.objects:
+        if files.chain_id is None or not files.sample:
             self._count(skipped=1)
-        elif profile is not None and not self._is_cold(files):
+        elif profile is not None and not files.is_cold():
             self._read_ahead(profile, files.map_file)
         elif mounted and self._settings.record:
             self._begin_recording(files.chain_id, files)
@@ -148,9 +147,6 @@ class Starts:
             swept = sweep(profile, places(self._driver), map_file)
             done = "read_ahead" if swept.files else "cached"
             self._count(**{done: 1, "read_ahead_bytes": swept.bytes})
-
-    def _is_cold(self, files: ImageFiles) -> bool:
-        return is_cold(files.places, files.objects)
 
     def _begin_recording(self, chain_id: str, files: ImageFiles) -> None:
         with self._lock:
@@ -164,7 +160,7 @@ class Starts:
     def _record(self, files: ImageFiles) -> None:
         try:
             side = _Watched(self._told, lambda: self._count(watched=1))
-            profile = record(files, side, self._settings.window, cold=self._is_cold(files))
+            profile = record(files, side, self._settings.window, cold=files.is_cold())
             if profile.objects and self._thread is not None:
                 keep(self._db, files, profile)
                 self._count(recorded=1)

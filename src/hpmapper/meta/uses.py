@@ -34,6 +34,23 @@ def objects_of_layers(
     return found
 
 
+def some_objects(db: Database, layers: Collection[SnapshotId], number: int) -> set[ObjectDigest]:
+    """A few objects of these layers, about `number`, from all over them: to find them takes as long as they are few."""
+    found: set[ObjectDigest] = set()
+    of_each = -(-number // max(1, len(layers)))
+    for layer in layers:
+        first, last = db.rows("SELECT min(object), max(object) FROM layer_object WHERE layer = ?", layer)[0]
+        for place in range(of_each) if first is not None else ():
+            (row,) = db.rows(
+                "SELECT digest FROM layer_object JOIN object ON object = object.id "
+                "WHERE layer = ? AND object >= ? ORDER BY object LIMIT 1",
+                layer,
+                first + (last - first) * place // of_each,
+            )
+            found.add(ObjectDigest(row[0]))
+    return found
+
+
 def image_chains(db: Database) -> dict[str, tuple[SnapshotId, ...]]:
     """The layers of each image by its id, nearest first."""
     return {
