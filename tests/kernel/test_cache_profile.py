@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
@@ -27,9 +28,10 @@ from hpmapper.cache.start import ImageFiles, StartSettings, load, starting
 from hpmapper.image.opening import SourceOptions
 from hpmapper.image.save import SaveForm, save
 from hpmapper.kernel.mincore import Run
+from hpmapper.layer.stream import Expected
 from hpmapper.meta.db import Database
 from hpmapper.model import ObjectDigest
-from tests.cacheroot import MIB, CacheRoot, cache_root
+from tests.cacheroot import MIB, CacheRoot, cache_root, tar_of
 from tests.kernel.test_cli_end_to_end import BUSYBOX
 from tests.scenario import Silent
 
@@ -59,6 +61,20 @@ def sizes(root: CacheRoot) -> dict[str, int]:
     assert files.map_file is not None
     names = names_of_image(files.map_file, files.objects)
     return {name.lstrip("/"): count(files.places.object_file(digest) or "").cached for digest, name in names.items()}
+
+
+def test_a_few_objects_stand_for_all(root: CacheRoot) -> None:
+    root.image("many", {f"{number}": bytes([number]) * 2000 for number in range(50)})
+    root.image("small", {"of no object": b"x"})
+    top = None
+    for number in range(30):
+        layer = io.BytesIO(tar_of({f"{number}": bytes([number]) * 2000}))
+        top = root.engine.ingest(top, layer, Expected()).snapshot
+    assert top is not None
+    for files in (files_of(root, "many"), ImageFiles(root.engine.db, root.engine.driver, top.id)):
+        assert len(files.sample) == 16
+        assert files.sample < files.objects
+    assert files_of(root, "small").sample == files_of(root, "small").objects == set()
 
 
 def a_start(path: Path) -> None:

@@ -35,10 +35,12 @@ def objects_of_layers(
 
 
 def some_objects(db: Database, layers: Collection[SnapshotId], number: int) -> set[ObjectDigest]:
-    """A few objects of these layers, about `number`, from all over them: to find them takes as long as they are few."""
+    """A few objects of these layers, not more than `number`, from all over each: quick, however many there are."""
     found: set[ObjectDigest] = set()
-    of_each = -(-number // max(1, len(layers)))
+    of_each = max(1, number // max(1, len(layers)))
     for layer in layers:
+        if len(found) + of_each > number:
+            break
         first, last = db.rows("SELECT min(object), max(object) FROM layer_object WHERE layer = ?", layer)[0]
         for place in range(of_each) if first is not None else ():
             (row,) = db.rows(
