@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -201,7 +201,8 @@ class ContainerdSide:
         reference = f"localhost/{image}:latest"
         digest = self._import(layout, reference)
         for blob in self._containerd.outside(f"{_ROOT}/io.containerd.content.v1.content/blobs/sha256").iterdir():
-            blob.read_bytes()
+            with suppress(FileNotFoundError):  # containerd is removing those of the case before
+                blob.read_bytes()
         os.sync()
         self._containerd.forget_peak()
         before = self._containerd.cpu()
