@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -209,14 +210,25 @@ def applications(directory: Path) -> Path:
     return cached(directory / "applications", build)
 
 
+_IN_ANOTHER = re.compile(r"/proc/(\d+)/root(/.*)")
+"""A path in another process's mount namespace."""
+
+
 def inside(root: Path, script: str) -> list[str]:
-    """The command that runs a shell script with that root directory, in mounts, processes and a network of its own."""
+    """The command that runs a shell script with that root directory, in mounts, processes and a network of its own.
+
+    `root` may lie in another mount namespace, as Docker's does: nothing can be mounted there but from within.
+    """
     enter = """\
-mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tmp "$1/tmp" && ip link set lo up &&
+mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tmp "$1/tmp" &&
 exec chroot "$1" /bin/sh -ec "$2"
 """
-    kinds = ["--mount", "--pid", "--net", "--ipc", "--fork", "--kill-child", "--propagation=private"]
-    return ["unshare", *kinds, "sh", "-ec", enter, "sh", str(root), script]
+    another = _IN_ANOTHER.fullmatch(str(root))
+    namespace = ["nsenter", f"--mount=/proc/{another[1]}/ns/mnt"] if another else []
+    mounts = ["unshare", "--mount", "--propagation=private", "sh", "-ec", enter, "sh"]
+    kinds = ["--pid", "--net", "--ipc", "--fork", "--kill-child"]
+    line = [*namespace, *mounts, another[2] if another else str(root), script]
+    return ["unshare", *kinds, "sh", "-ec", 'ip link set lo up && exec "$@"', "sh", *line]
 
 
 def two_versions(directory: Path, source: Path) -> tuple[Path, Path]:
