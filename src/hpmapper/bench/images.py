@@ -224,7 +224,7 @@ mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tm
 exec chroot "$1" /bin/sh -ec "$2"
 """
     another = _IN_ANOTHER.fullmatch(str(root))
-    namespace = ["nsenter", f"--mount=/proc/{another[1]}/ns/mnt"] if another else []
+    namespace = ["nsenter", "--target", another[1], "--mount", "--root"] if another else []
     mounts = ["unshare", "--mount", "--propagation=private", "sh", "-ec", enter, "sh"]
     kinds = ["--pid", "--net", "--ipc", "--fork", "--kill-child"]
     line = [*namespace, *mounts, another[2] if another else str(root), script]
