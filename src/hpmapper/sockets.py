@@ -35,13 +35,16 @@ def bind(listener: socket.socket, address: Path, other: str) -> None:
 
 def _bind_and_listen(listener: socket.socket, address: Path) -> None:
     """Under another name at first: between bind(2) and listen(2) a socket refuses whoever connects."""
-    new = f".{address.name}.new"
     with opened(address.parent, os.O_PATH | os.O_DIRECTORY) as parent:
+        new = f"/proc/self/fd/{parent}/.{address.name}.new"  # however long the path
         with suppress(FileNotFoundError):
-            os.unlink(new, dir_fd=parent)
-        listener.bind(f"/proc/self/fd/{parent}/{new}")  # however long the path
-        listener.listen(socket.SOMAXCONN)
-        os.rename(new, address.name, src_dir_fd=parent, dst_dir_fd=parent)
+            os.unlink(new)
+        listener.bind(new)
+        try:
+            listener.listen(socket.SOMAXCONN)
+            os.link(new, address)  # as bind(2) itself: not if somebody was faster
+        finally:
+            os.unlink(new)
 
 
 def _clear_stale(address: Path, other: str) -> None:

@@ -60,6 +60,17 @@ def test_what_a_killed_server_left_is_replaced(tmp_path: Path) -> None:
             sockets.bind(second, tmp_path / "s", "path")
 
 
+def test_who_was_faster_keeps_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _socket() as faster, _socket() as listener, _socket() as client:
+        sockets.bind(faster, tmp_path / "s", "path")
+        monkeypatch.setattr(sockets, "_clear_stale", lambda *_: None)  # it came right after that
+        with pytest.raises(FailedPrecondition, match="File exists"):
+            sockets.bind(listener, tmp_path / "s", "path")
+        client.connect(os.fspath(tmp_path / "s"))
+        faster.accept()[0].close()
+        assert os.listdir(tmp_path) == ["s"]
+
+
 def test_the_longest_path(tmp_path: Path) -> None:
     address = tmp_path / ("s" * (107 - len(os.fsencode(tmp_path)) - 1))
     with _socket() as listener, _socket() as client:

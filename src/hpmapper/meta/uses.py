@@ -43,13 +43,13 @@ def some_objects(db: Database, layers: Collection[SnapshotId], number: int) -> s
             break
         first, last = db.rows("SELECT min(object), max(object) FROM layer_object WHERE layer = ?", layer)[0]
         for place in range(of_each) if first is not None else ():
-            (row,) = db.rows(
+            rows = db.rows(
                 "SELECT digest FROM layer_object JOIN object ON object = object.id "
                 "WHERE layer = ? AND object >= ? ORDER BY object LIMIT 1",
                 layer,
                 first + (last - first) * place // of_each,
             )
-            found.add(ObjectDigest(row[0]))
+            found.update(ObjectDigest(row[0]) for row in rows)
     return found
 
 
