@@ -34,6 +34,7 @@ _CONTROL_RDEV = os.makedev(10, 237)
 _INFO = struct.Struct("=5Q4I64s64s32s2Q")  # struct loop_info64
 _CONFIG = struct.Struct(f"=II{_INFO.size}s64x")  # struct loop_config
 _ATTEMPTS = 64
+_FREE = (errno.ENXIO, errno.ENOENT, errno.ENODEV)  # what a device that stands on nothing answers
 
 
 class LoopStatus(NamedTuple):
@@ -75,6 +76,24 @@ def attached(
         yield device
     finally:
         os.close(fd)
+
+
+@contextmanager
+def held(backing: AnyPath, *, block_size: int = 0) -> Iterator[Path]:
+    """The writable loop device over `backing` that there is, else a new one; it lives as `attached` says.
+
+    A second device over the same file would have a cache of its own: two mounts would ruin each other. The one found
+    may be on its way out, kept by nobody but a program that looks at every device: hence held open.
+    """
+    for one in find(backing):
+        if not one.read_only and (fd := _open_bound(one)) is not None:
+            try:
+                yield one.path
+            finally:
+                os.close(fd)
+            return
+    with attached(backing, block_size=block_size) as device:
+        yield device
 
 
 def attach(
@@ -120,7 +139,7 @@ def status(device: AnyPath) -> LoopStatus | None:
             info = bytearray(_INFO.size)
             ioctl(fd, _LOOP_GET_STATUS64, info, path=device)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+        if error.errno in _FREE:
             return None
         raise
     dev, inode, _, offset, limit, _, _, _, flags, *_ = _INFO.unpack(info)
@@ -138,6 +157,21 @@ def attached_devices() -> list[Path]:
     """The loop devices in use on this machine, with their nodes made where /dev lacks them."""
     numbers = sorted(int(entry.parent.name[4:]) for entry in Path("/sys/block").glob("loop*/loop"))
     return [_node(number) for number in numbers]
+
+
+def _open_bound(found: LoopStatus) -> int | None:
+    """An fd that keeps the device as it was found (the caller closes it); None when it is not that any more."""
+    try:
+        fd = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _FREE:
+            return None
+        raise
+    now = status(found.path)
+    if now and (now.device, now.inode) == (found.device, found.inode):
+        return fd
+    os.close(fd)
+    return None
 
 
 def _flags(read_only: bool, direct_io: bool, autoclear: bool) -> int:

@@ -114,12 +114,7 @@ class LoopPool(DevicePool):
 
     @contextmanager
     def _block_device(self) -> Iterator[Path]:
-        found = [one for one in loop.find(self.image) if not one.read_only]
-        if found:
-            # A second device over the same file would have a cache of its own: two mounts would ruin each other.
-            yield found[0].path
-            return
-        with loop.attached(self.image, block_size=filesystem.BLOCK_SIZE) as device:
+        with loop.held(self.image, block_size=filesystem.BLOCK_SIZE) as device:
             yield device
 
     def _attach(self) -> None:

@@ -111,14 +111,8 @@ class Loop(_Made):
     def _attached(self) -> Iterator[Devices]:
         """Loop devices that live as long as this, or as the pool on them."""
         with ExitStack() as stack:
-            data, metadata = (self._device(stack, path) for path in self._files)
+            data, metadata = (stack.enter_context(loop.held(path)) for path in self._files)
             yield Devices(data, metadata)
-
-    @staticmethod
-    def _device(stack: ExitStack, path: Path) -> Path:
-        found = [one for one in loop.find(path) if not one.read_only]
-        # A second device over the same file would have a cache of its own.
-        return found[0].path if found else stack.enter_context(loop.attached(path))
 
     def grow(self, data: int, metadata: int) -> None:
         """Let the files, and the pool on them, have at least these bytes; 0 leaves one as it is."""
