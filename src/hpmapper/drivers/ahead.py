@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -27,6 +28,11 @@ _BEGINNING = 1 << 20
 _AT_MOUNT = 8
 """Pages: mounting a map reads its superblock and root, a start dozens."""
 
+_LOOK_SECONDS = 0.2
+"""How long a map that was looked at needs no other look: cachestat(2) takes a tenth of a container's start."""
+
+_NEVER: tuple[tuple[str, ...], float] = ((), float("-inf"))
+
 
 class NamesAhead:
     """Reads ahead the names of a pool's images.
@@ -39,9 +45,15 @@ class NamesAhead:
         self._objects = objects
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._looked = _NEVER
 
     def begin(self, lowers: Sequence[str]) -> None:
         """A container starts on these layers."""
+        layers, now = tuple(lowers), time.monotonic()
+        before, when = self._looked
+        if layers == before and now - when < _LOOK_SECONDS:
+            return
+        self._looked = layers, now
         with suppress(OSError):  # it starts without it, too
             cold = [path for path in _files_of_maps(lowers) if _is_cold(path)]
             if cold and threading.active_count() > 1:
@@ -55,6 +67,7 @@ class NamesAhead:
             if self._thread:
                 self._thread.join()
                 self._thread = None
+            self._looked = _NEVER
 
     def _start(self, cold: list[str]) -> None:
         with self._lock:
