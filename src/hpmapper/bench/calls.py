@@ -5,7 +5,7 @@
 Each directory stands for its file system (one on a disk's, one on tmpfs). Cases: Stat; Prepare + Commit + Remove with
 one client and with fifty on one connection, as containerd has it; the same with what Prepare handed out mounted and
 unmounted; containerd's benchsuite (16 layers of ten operations each). The flagship needs a reflink file system: it
-gets a loop pool.
+gets a loop pool of XFS. So that the file systems do not stand for the drivers, containerd's runs on such an XFS, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hpmapper.bench.gobuild import Tools, build_tools, cache
+from hpmapper.bench.ground import Ground
 from hpmapper.errors import FailedPrecondition
 from hpmapper.kernel import mount
 from hpmapper.kernel.fs import filesystem_name
+from hpmapper.pool.base import GIB
+
+_POOL = 8 * GIB
 
 _READY_SECONDS = 60.0
 
@@ -50,23 +54,27 @@ class Side:
 
     Attributes:
         command: starts it; {root} and {socket} stand for places.
+        on_xfs: its root lies on an XFS in a file, as the flagship's pool does.
         results: of each case, what rpcbench said, run by run.
         resident: its memory after each run, in MiB.
     """
 
     name: str
     command: list[str]
+    on_xfs: bool = False
     results: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     resident: list[float] = field(default_factory=list)
 
 
 def sides(tools: Tools) -> list[Side]:
     """containerd's own, and ours."""
+    theirs = [str(tools.snapserver), "-root", "{root}", "-address", "{socket}"]
     serve = [sys.executable, "-m", "hpmapper.cli.main", "--root", "{root}", "--storage-opt", "min_free_space=0"]
     return [
-        Side("containerd overlayfs", [str(tools.snapserver), "-root", "{root}", "-address", "{socket}"]),
+        Side("containerd overlayfs", theirs),
+        Side("containerd overlayfs, XFS", theirs, on_xfs=True),
         Side("overlay", [*serve, "--storage-driver", "overlay", "serve", "--address", "{socket}"]),
-        Side("hpmapper", [*serve, "--storage-opt", "pool.size=8G", "serve", "--address", "{socket}"]),
+        Side("hpmapper", [*serve, "--storage-opt", f"pool.size={_POOL}", "serve", "--address", "{socket}"]),
     ]
 
 
@@ -86,23 +94,31 @@ def measure(work: Path, compared: list[Side], tools: Tools, runs: int) -> None:
 def _serving(place: Path, side: Side) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     place.mkdir(parents=True)
     socket = place / "s"
-    words = [word.format(root=place / "root", socket=socket) for word in side.command]
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + _READY_SECONDS
-        while not socket.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise FailedPrecondition(f"{side.name} does not serve: {(place / 'log').read_text()[-2000:]}")
-            time.sleep(0.05)
-        time.sleep(0.2)
-        yield socket, process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        for one in mount.mounts_below(place):
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, place)
+        top = stack.enter_context(Ground(place, _POOL).file_system("xfs", "xfs")) if side.on_xfs else place
+        words = [word.format(root=top / "root", socket=socket) for word in side.command]
+        with (place / "log").open("wb") as log:
+            process = subprocess.Popen(words, stdout=log, stderr=log)
+        stack.callback(_unmount_below, top)
+        try:
+            deadline = time.monotonic() + _READY_SECONDS
+            while not socket.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise FailedPrecondition(f"{side.name} does not serve: {(place / 'log').read_text()[-2000:]}")
+                time.sleep(0.05)
+            time.sleep(0.2)
+            yield socket, process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def _unmount_below(place: Path) -> None:
+    """Unmount what a server left mounted, but not what `place` itself is."""
+    for one in mount.mounts_below(place):
+        if Path(one.target) != place:
             mount.umount(one.target)
-        shutil.rmtree(place)
 
 
 def _figures(said: dict[str, object]) -> dict[str, float]:

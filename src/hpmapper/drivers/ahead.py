@@ -28,6 +28,11 @@ _BEGINNING = 1 << 20
 _AT_MOUNT = 8
 """Pages: mounting a map reads its superblock and root, a start dozens."""
 
+_LATER_SECONDS = 0.1
+"""How long a thread waits: until then the runtime reads its own programs, and what made the root is being answered.
+
+Measured: docs/measurements.md."""
+
 _LOOK_SECONDS = 0.2
 """How long a map that was looked at needs no other look: cachestat(2) takes a tenth of a container's start."""
 
@@ -37,8 +42,8 @@ _NEVER: tuple[tuple[str, ...], float] = ((), float("-inf"))
 class NamesAhead:
     """Reads ahead the names of a pool's images.
 
-    Asking for them all takes 10 ms and more: a thread does it, in a process that has threads (the daemon). One that has
-    none, as a command that runs a container, may be about to fork.
+    Asking for them all takes 10 ms and more: a thread does it, in a process that has threads (the daemon), while the
+    runtime sets the container up. One that has none, as a command that runs a container, may be about to fork.
     """
 
     def __init__(self, objects: ObjectStore) -> None:
@@ -46,6 +51,7 @@ class NamesAhead:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._looked = _NEVER
+        self._at_once = threading.Event()
 
     def begin(self, lowers: Sequence[str]) -> None:
         """A container starts on these layers."""
@@ -65,6 +71,7 @@ class NamesAhead:
         """Until nothing is being read any more: what is read cannot be unmounted."""
         with self._lock:
             if self._thread:
+                self._at_once.set()
                 self._thread.join()
                 self._thread = None
             self._looked = _NEVER
@@ -72,8 +79,13 @@ class NamesAhead:
     def _start(self, cold: list[str]) -> None:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():  # else of a start that came a moment ago
-                self._thread = threading.Thread(target=self._read, args=(cold,), name="names-ahead")
+                self._at_once.clear()
+                self._thread = threading.Thread(target=self._read_later, args=(cold,), name="names-ahead")
                 self._thread.start()
+
+    def _read_later(self, cold: list[str]) -> None:
+        self._at_once.wait(_LATER_SECONDS)
+        self._read(cold)
 
     def _read(self, cold: list[str]) -> None:
         with suppress(OSError):
