@@ -7,13 +7,16 @@ rubbish, which the next `collect` or `reconcile` finds, and never a record of so
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpmapper import faults
 from hpmapper.drivers.base import Driver
 from hpmapper.errors import FailedPrecondition
+from hpmapper.kernel import mountinfo
 from hpmapper.meta import profiles, snapshots
 from hpmapper.meta.db import Database
 from hpmapper.model import ObjectDigest, SnapshotId
@@ -22,6 +25,9 @@ from hpmapper.store import workspace
 log = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+_TRANSACTION_SECONDS = 0.02
+"""How long others may wait for one that forgets many layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +79,7 @@ class Rubbish:
                     snapshots.release(transaction, holder)
             snapshots.forget_unused_chains(transaction)
         faults.point("collect.chains-forgotten")
-        gone = 0
-        for layer in snapshots.unused_layers(self._db):
-            with self._db.transaction() as transaction:
-                gone += snapshots.forget_layer(transaction, layer)
-            faults.point("collect.layer-forgotten")
+        gone = self._forget_layers()
         waiting = not self._remove_unknown()
         faults.point("collect.layers-removed")
         walk = thorough or gone > 0
@@ -89,6 +91,17 @@ class Rubbish:
         if walk and not self._sweep(timeout):
             waiting = True
         return Collected(gone, objects, max(0, self._driver.space().free - free), waiting)
+
+    def _forget_layers(self) -> int:
+        """Forget the layers that no snapshot uses; returns how many. Many share a transaction, and so a disk's wait."""
+        unused, gone = snapshots.unused_layers(self._db), 0
+        while unused:
+            until = time.monotonic() + _TRANSACTION_SECONDS
+            with self._db.transaction() as transaction:
+                while unused and time.monotonic() < until:
+                    gone += snapshots.forget_layer(transaction, unused.pop())
+            faults.point("collect.layer-forgotten")
+        return gone
 
     def reconcile(self) -> None:
         """Undo what dead processes left half done. Cheap when there is nothing; thorough once after each boot."""
@@ -123,9 +136,15 @@ class Rubbish:
         """Remove storage that no row names; False: some is still in use and stays until the next time."""
         stored = self._driver.stored()  # before the rows: whoever makes storage records the intent first
         known = snapshots.storage_ids(self._db)
-        unknown = (stored.snapshots - known.snapshots) | (stored.layers - known.layers)
         # The newest first: what others were made of may have to stay (ZFS).
-        return not [one for one in sorted(unknown, reverse=True) if not self._remove_storage(one)]
+        unknown = sorted((stored.snapshots - known.snapshots) | (stored.layers - known.layers), reverse=True)
+        for one in unknown:
+            # All before the first is removed: whether one is in use is asked of the mount table, which then changes
+            # no more.
+            with suppress(FailedPrecondition):
+                self._driver.unmount(one)
+        with mountinfo.watched():
+            return not [one for one in unknown if not self._remove_storage(one)]
 
     def _remove_storage(self, snapshot: SnapshotId) -> bool:
         """Remove all storage of that number; False: it is in use."""

@@ -6,12 +6,12 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
-from hpmapper.kernel import fscontext, loop, mount
+from hpmapper.kernel import fscontext, loop, mount, mountinfo
 from hpmapper.kernel.mount import ErofsForm, LayerForm
 
 pytestmark = pytest.mark.kernel
@@ -275,3 +275,17 @@ def test_what_is_not_erofs_leaves_nothing(xfs: Path, form: ErofsForm) -> None:
         mount.erofs(xfs / "image", target, form=form)
     assert not mount.is_mountpoint(target)
     assert loop.find(xfs / "image") == []
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_lower_layer_is_one_while_it_is_mounted(tmp_path: Path, watched: bool) -> None:
+    below, upper, work, merged = directories(tmp_path, "lower", "upper", "work", "merged")
+    lower = str(below)
+    with mountinfo.watched() if watched else nullcontext():
+        seen = [mountinfo.is_lower(lower)]
+        for _ in range(2):
+            mount.overlay(merged, lowers=[lower], upper=upper, work=work)
+            seen += [mountinfo.is_lower(lower), mountinfo.is_lower(lower)]
+            mount.umount(merged)
+            seen += [mountinfo.is_lower(lower)]
+    assert seen == [False, True, True, False, True, True, False]

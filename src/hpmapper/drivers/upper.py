@@ -98,10 +98,10 @@ class UpperDriver:
     # Places.
 
     def _snapshot(self, snapshot: SnapshotId) -> Path:
-        return self.home / "a" / str(snapshot)
+        return Path(f"{self.home}/a/{snapshot}")
 
     def _layer(self, layer: SnapshotId) -> Path:
-        return self.home / "l" / str(layer)
+        return Path(f"{self.home}/l/{layer}")
 
     def _make_home(self, *more: str) -> None:
         for name in ("a", "l", "t", "empty", STANDS_ON, *more):

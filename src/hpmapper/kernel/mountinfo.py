@@ -6,8 +6,11 @@ import ctypes
 import errno
 import os
 import re
+import select
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from hpmapper.kernel.syscall import (
@@ -17,6 +20,7 @@ from hpmapper.kernel.syscall import (
     AT_SYMLINK_NOFOLLOW,
     NR_STATX,
     AnyPath,
+    opened,
     syscall,
 )
 
@@ -74,10 +78,49 @@ def _parsed(text: str) -> Iterator[Mount]:
     return map(parse_mount, text.removesuffix("\n").split("\n"))
 
 
+# Not /proc/self, which is the main thread's: a thread may have a namespace of its own.
+_TABLE = "/proc/thread-self/mountinfo"
+
+
+class _Watched(threading.local):
+    """The table that this thread keeps open, and what it said last."""
+
+    fd = -1
+    text: str | None = None
+
+
+_watched = _Watched()
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """In the body this thread reads the table anew only when it has changed; it has to stay in its namespace.
+
+    Of a thousand mounts reading takes a millisecond. The kernel tells of changes by poll(2) (proc_pid_mountinfo(5)).
+    """
+    with opened(_TABLE) as fd:
+        _watched.fd, _watched.text = fd, None
+        try:
+            yield
+        finally:
+            _watched.fd, _watched.text = -1, None
+
+
 def _text() -> str:
-    # Not /proc/self, which is the main thread's: a thread may have a namespace of its own.
-    with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        return file.read()
+    if _watched.fd < 0:
+        with opened(_TABLE) as fd:
+            return _read(fd)
+    poll = select.poll()
+    poll.register(_watched.fd, select.POLLPRI)
+    if poll.poll(0) or _watched.text is None:
+        _watched.text = _read(_watched.fd)
+    return _watched.text
+
+
+def _read(fd: int) -> str:
+    with open(fd, "rb", closefd=False) as file:
+        file.seek(0)
+        return os.fsdecode(file.read())
 
 
 def mounts_below(path: AnyPath) -> list[Mount]:

@@ -8,6 +8,7 @@ what the database says TOKEN was at work on is to be undone.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -115,6 +116,8 @@ def discard(path: Path, scratch: Path) -> None:
     Raises:
         FailedPrecondition: something is mounted in it.
     """
+    if not os.path.lexists(path):
+        return
     with workspace(scratch) as grave:
         try:
             path.rename(grave / "0")
@@ -141,7 +144,7 @@ def remove_tree(top: Path) -> None:
     pending = [os.fspath(top)]
     while pending:
         here = pending[-1]
-        inner = _unlink_files(here, device)
+        inner = [one for one in _unlink_files(here, device) if not _removed_if_empty(one)]
         if len(pending) > 1:
             flat = [f"{flat_name}{next(numbers)}" for _ in inner]
             for directory, name in zip(inner, flat, strict=True):
@@ -151,6 +154,17 @@ def remove_tree(top: Path) -> None:
             os.rmdir(here)
             pending.pop()
         pending.extend(inner)
+
+
+def _removed_if_empty(directory: str) -> bool:
+    """Remove a directory that is empty, as most of a container's are that wrote nothing; False: it is not."""
+    try:
+        os.rmdir(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
+        return False
+    return True
 
 
 def _unlink_files(directory: str, device: int) -> list[str]:
