@@ -8,7 +8,7 @@ unmounted; containerd's benchsuite (16 layers of ten operations each).
 
 The flagship needs a reflink file system: it gets a loop pool of XFS. So that the file systems do not stand for the
 drivers, containerd's runs on such an XFS, too. A removed snapshot's storage is freed behind the answer, once containerd
-asks for a clean-up, while containerd's own is freed before it: so every rate is also told with all freed, which includes
+asks for a clean-up, while containerd's own is freed before it: so each rate is also told with all freed, which includes
 a quarter of a second of waiting for more.
 """
 
