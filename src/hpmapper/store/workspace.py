@@ -161,7 +161,7 @@ def _removed_if_empty(directory: str) -> bool:
     try:
         os.rmdir(directory)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):  # rmdir(2) may say either
             raise
         return False
     return True
