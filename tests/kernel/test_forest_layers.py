@@ -20,7 +20,7 @@ from hpmapper.engine import chain_id
 from hpmapper.image import oci
 from hpmapper.image.opening import SourceOptions
 from hpmapper.images import Images
-from hpmapper.kernel import mount
+from hpmapper.kernel import mount, mountinfo
 from hpmapper.meta import snapshots
 from hpmapper.testing import trees
 from hpmapper.testing.tars import LINK, SYMLINK, folder, member, tar, zstd_packed
@@ -378,6 +378,28 @@ def test_a_layer_of_an_image_of_ours_is_used(here: Served, tmp_path: Path) -> No
     here.engine.rubbish.collect()
     with here.looked_at(parent) as tree:
         assert (tree / "etc/new").read_bytes() == b"n" * 6000
+
+
+def test_the_mount_table_is_not_read_for_each_layer_that_goes(here: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand mounts it takes a millisecond to read."""
+    names = [f"layer-{number}" for number in range(12)]
+    for name in names:
+        here.written(name, [trees.file("big", _BIG)])
+    for name in names:
+        here.client.remove(name)
+    reads = 0
+    read = mountinfo._read
+
+    def counted(fd: int) -> str:
+        nonlocal reads
+        reads += 1
+        return read(fd)
+
+    monkeypatch.setattr(mountinfo, "_read", counted)
+    assert len(here.engine.driver.stored().snapshots) == len(names)
+    here.engine.rubbish.collect()
+    assert not here.engine.driver.stored().snapshots
+    assert reads < len(names)
 
 
 def test_a_damaged_layer_is_read_again(here: Served) -> None:
