@@ -57,7 +57,9 @@ class Rubbish:
 
         A sealed one's storage goes with its layer.
         """
-        done = [one for one in gone if snapshots.is_layer(self._db, one) or self._remove_storage(one)]
+        layers = {one for one in gone if snapshots.is_layer(self._db, one)}
+        freed = layers.union(self._remove_storages([one for one in gone if one not in layers]))
+        done = [one for one in gone if one in freed]
         if done:
             with self._db.transaction(durable=False) as transaction:
                 for snapshot in done:
@@ -138,13 +140,18 @@ class Rubbish:
         known = snapshots.storage_ids(self._db)
         # The newest first: what others were made of may have to stay (ZFS).
         unknown = sorted((stored.snapshots - known.snapshots) | (stored.layers - known.layers), reverse=True)
-        for one in unknown:
-            # All before the first is removed: whether one is in use is asked of the mount table, which then changes
-            # no more.
+        return len(self._remove_storages(unknown)) == len(unknown)
+
+    def _remove_storages(self, gone: Sequence[SnapshotId]) -> list[SnapshotId]:
+        """Remove all storage of these numbers; returns those that were not in use.
+
+        All are unmounted first: whether one is in use is asked of the mount table, which then changes no more.
+        """
+        for one in gone:
             with suppress(FailedPrecondition):
                 self._driver.unmount(one)
         with mountinfo.watched():
-            return not [one for one in unknown if not self._remove_storage(one)]
+            return [one for one in gone if self._remove_storage(one)]
 
     def _remove_storage(self, snapshot: SnapshotId) -> bool:
         """Remove all storage of that number; False: it is in use."""
