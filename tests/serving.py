@@ -24,6 +24,7 @@ from hpmapper.config import Config
 from hpmapper.containerd.api import content_pb2 as content_api
 from hpmapper.containerd.api import diff_pb2 as diff_api
 from hpmapper.containerd.api import introspection_pb2 as introspection_api
+from hpmapper.containerd.api import leases_pb2 as leases_api
 from hpmapper.containerd.api import snapshots_pb2 as api
 from hpmapper.containerd.api.types_pb2 import Descriptor, Mount
 from hpmapper.containerd.content import ContentStore
@@ -150,9 +151,10 @@ class Client:
         applied: Descriptor = call(request, timeout=SECONDS, metadata=metadata).applied
         return applied
 
-    def diff(self, left: Sequence[Mount], right: Sequence[Mount], **more: Any) -> Descriptor:
+    def diff(self, left: Sequence[Mount], right: Sequence[Mount], lease: str = "", **more: Any) -> Descriptor:
+        """As containerd asks, which tells no lease."""
         request = diff_api.DiffRequest(left=left, right=right, **more)
-        sent = (("containerd-namespace", "k8s.io"), ("containerd-lease", "l"))
+        sent = [("containerd-namespace", "k8s.io"), *([("containerd-lease", lease)] if lease else [])]
         answer = self._call("Diff", request, diff_api.DiffResponse, service="diff.v1.Diff", metadata=sent)
         found: Descriptor = answer.diff
         return found
@@ -221,6 +223,8 @@ class FakeContent:
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
     reads: Counter[str] = field(default_factory=Counter)
     metadata: list[tuple[str, str]] = field(default_factory=list)
+    leases: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Labels by name: of those that were asked for."""
     hold: threading.Event | None = None
     """Reads wait for it after their first piece."""
     reading: threading.Event = field(default_factory=threading.Event)
@@ -284,6 +288,11 @@ class FakeContent:
     def abort(self, _: Any, __: Any) -> Any:
         return Empty()
 
+    def lease(self, request: Any, context: Any) -> Any:
+        assert dict(context.invocation_metadata())["containerd-namespace"]
+        self.leases[request.id] = dict(request.labels)
+        return leases_api.CreateResponse(lease=leases_api.Lease(id=request.id, labels=request.labels))
+
     @contextmanager
     def served(self, address: Path) -> Iterator[None]:
         """Answer on a socket."""
@@ -301,11 +310,15 @@ class FakeContent:
         }
         service = "containerd.services.content.v1.Content"
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, made),))
-        plugins = grpc.unary_unary_rpc_method_handler(
-            self.plugins, introspection_api.PluginsRequest.FromString, lambda answer: answer.SerializeToString()
-        )
-        service = "containerd.services.introspection.v1.Introspection"
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Plugins": plugins}),))
+        others: dict[tuple[str, str], tuple[Any, Any]] = {
+            ("introspection.v1.Introspection", "Plugins"): (self.plugins, introspection_api.PluginsRequest),
+            ("leases.v1.Leases", "Create"): (self.lease, leases_api.CreateRequest),
+        }
+        for (name, method), (act, kind) in others.items():
+            unary = grpc.unary_unary_rpc_method_handler
+            handler = unary(act, kind.FromString, lambda answer: answer.SerializeToString())
+            service = f"containerd.services.{name}"
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
         server.add_insecure_port(f"unix:{address}")
         server.start()
         try:

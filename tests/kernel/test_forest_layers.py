@@ -8,6 +8,7 @@ import os
 import tarfile
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,22 @@ def test_a_diff_applied_again_gives_the_same(here: Served, model: Path) -> None:
     client.commit("last copy", "last")
     with here.looked_at("last copy") as tree:
         trees.assert_same(tree, model)
+
+
+def test_what_a_diff_writes_is_not_collected_before_it_is_used(here: Served) -> None:
+    """containerd tells a differ no lease of its client's; without any its collector may come first."""
+    here.applied("base", here.content.add(_gz(LOWER)))
+    here.content.leases.clear()
+    here.content.metadata.clear()
+    mounts = here.client.view("all", "base")
+    here.client.diff([], mounts, media_type=TAR, lease="told")
+    assert not here.content.leases
+    assert ("containerd-lease", "told") in here.content.metadata
+    here.client.diff([], mounts, media_type=TAR)
+    ((name, labels),) = here.content.leases.items()
+    assert ("containerd-lease", name) in here.content.metadata
+    left = datetime.fromisoformat(labels["containerd.io/gc.expire"]) - datetime.now(UTC)
+    assert timedelta(minutes=30) < left < timedelta(hours=2)
 
 
 def test_a_diff_of_an_image_is_what_it_came_as(here: Served) -> None:

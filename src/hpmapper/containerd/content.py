@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO, cast
 
 import grpc
 
 from hpmapper.containerd.api import content_pb2 as api
 from hpmapper.containerd.api import introspection_pb2 as introspection
+from hpmapper.containerd.api import leases_pb2 as leases
 from hpmapper.errors import Corrupt, FailedPrecondition, NotFound, Unsupported
 
 UNCOMPRESSED_LABEL = "containerd.io/uncompressed"
@@ -25,6 +28,12 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 """A call's headers: which namespace, and which lease keeps new content."""
 
 _SERVICE = "/containerd.services.content.v1.Content/"
+_LEASES = "/containerd.services.leases.v1.Leases/Create"
+_LEASE = "containerd-lease"
+_EXPIRE_LABEL = "containerd.io/gc.expire"
+_KEPT = timedelta(hours=1)
+"""How long a blob that nobody has taken up is kept, which its writer's client may still read or push."""
+
 _PLUGINS = "/containerd.services.introspection.v1.Introspection/Plugins"
 _LOCAL_STORE = "type==io.containerd.content.v1,id==content"
 _CONNECT_SECONDS = 5.0
@@ -43,6 +52,7 @@ class ContentStore:
         self._info = self._channel.unary_unary(_SERVICE + "Info", _serialized, api.InfoResponse.FromString)
         self._update = self._channel.unary_unary(_SERVICE + "Update", _serialized, api.UpdateResponse.FromString)
         self._abort = self._channel.unary_unary(_SERVICE + "Abort", _serialized, lambda _: None)
+        self._create_lease = self._channel.unary_unary(_LEASES, _serialized, leases.CreateResponse.FromString)
         self._plugins = self._channel.unary_unary(_PLUGINS, _serialized, introspection.PluginsResponse.FromString)
         self._directory: str | None = None
 
@@ -111,6 +121,7 @@ class ContentStore:
 
         `labels` is asked when all pieces are through. A blob that is there already gets those that it lacks.
         """
+        metadata = self._leased(metadata)
         writer = _Writer(ref, pieces, labels)
         try:
             for answer in self._write(writer.requests(), metadata=metadata):
@@ -125,6 +136,21 @@ class ContentStore:
                 raise FailedPrecondition(f"containerd refused to store {ref!r}: {_details(error)}") from error
         self._add_labels(writer.digest(), labels(), metadata)
         return writer.digest(), writer.size
+
+    def _leased(self, metadata: Metadata) -> Metadata:
+        """The headers with a lease, without which containerd's collector may take the blob before anybody has used it.
+
+        containerd does not pass its client's lease on to a differ (seen with 2.1.9); so this is one that expires.
+        """
+        if _LEASE in dict(metadata):
+            return metadata
+        name = f"hpmapper-diff-{secrets.token_hex(8)}"
+        expires = (datetime.now(UTC) + _KEPT).strftime("%Y-%m-%dT%H:%M:%SZ")
+        try:
+            self._create_lease(leases.CreateRequest(id=name, labels={_EXPIRE_LABEL: expires}), metadata=metadata)
+        except grpc.RpcError as error:
+            raise FailedPrecondition(f"containerd gives no lease for a new layer: {_details(error)}") from error
+        return (*metadata, (_LEASE, name))
 
     def _add_labels(self, digest: str, labels: Mapping[str, str], metadata: Metadata) -> None:
         present = self._info(api.InfoRequest(digest=digest), metadata=metadata).info.labels
