@@ -98,8 +98,8 @@ class Rubbish:
         """Forget the layers that no snapshot uses; returns how many. Many share a transaction, and so a disk's wait."""
         unused, gone = snapshots.unused_layers(self._db), 0
         while unused:
-            until = time.monotonic() + _TRANSACTION_SECONDS
             with self._db.transaction() as transaction:
+                until = time.monotonic() + _TRANSACTION_SECONDS  # not before: others may have been waited for
                 while unused and time.monotonic() < until:
                     gone += snapshots.forget_layer(transaction, unused.pop())
             faults.point("collect.layer-forgotten")

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from hpmapper import faults
@@ -112,10 +111,8 @@ class LoopPool(DevicePool):
             raise NotFound(f"there is no pool: {self.image} does not exist", hint="hpmapper pool create")
         return self.image
 
-    @contextmanager
-    def _block_device(self) -> Iterator[Path]:
-        with loop.held(self.image, block_size=filesystem.BLOCK_SIZE) as device:
-            yield device
+    def _block_device(self) -> AbstractContextManager[Path]:
+        return loop.held(self.image, block_size=filesystem.BLOCK_SIZE)
 
     def _attach(self) -> None:
         super()._attach()
